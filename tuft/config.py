@@ -1,0 +1,174 @@
+"""Configuration: one TOML file, overridden by ``TUFT_*`` environment variables, overridden by CLI options.
+
+Every option has a default; an unknown key is an error; nothing heavy is imported here. The environment names nest with
+two underscores: ``TUFT_SERVER__PORT=8000``, ``TUFT_LIMITS__MAX_RANK=64``; ``TUFT_HOME`` moves the state.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tuft.errors import ConfigError
+
+API_KEY_PREFIX = "tml-"
+"""The SDK refuses keys without it (since 0.8.1), so no other key is ever minted or accepted."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSection(_Section):
+    """Where the server listens, and how long it waits."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(10610, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
+    drain_timeout_s: float = Field(30.0, ge=0, description="how long SIGTERM waits for queued work to end")
+    long_poll_s: float = Field(30.0, gt=0, le=40, description="how long retrieve_future holds before it answers 408")
+
+
+class BaseModelSection(_Section):
+    """A base model that tenants may train on and sample from."""
+
+    name: str = Field(min_length=1, description="the name that clients use, e.g. Qwen/Qwen3-4B-Instruct-2507")
+    path: str | None = Field(
+        None, description="local directory (config.json + safetensors), GGUF file or hub id; default: the name as a hub id"
+    )
+    aliases: tuple[str, ...] = Field((), description="further names for the same model")
+    max_context_tokens: int | None = Field(None, ge=8, description="longest sequence; default: the model's own limit")
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        "auto", description="auto: bf16 base products where the hardware has bf16, else float32"
+    )
+
+
+class EngineSection(_Section):
+    """How the engine computes."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    micro_batch_tokens: int = Field(2048, ge=64, description="most tokens of one forward and backward pass")
+    kv_cache_tokens: int = Field(65_536, ge=256, description="tokens that all sequences being sampled may hold together")
+    max_decode_rows: int = Field(32, ge=1, le=4096, description="most sequences decoded together")
+    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
+
+
+class LimitsSection(_Section):
+    """What one request may ask for."""
+
+    max_rank: int = Field(256, ge=1, description="largest LoRA rank")
+    max_request_bytes: int = Field(128 * 2**20, ge=2**20, description="largest request body, before and after zstd")
+    max_num_samples: int = Field(128, ge=1, description="largest num_samples of one sample request")
+    max_runs_per_tenant: int = Field(64, ge=1, description="training runs of one tenant that may be loaded at once")
+    max_pending_per_tenant: int = Field(20_000, ge=1, description="operations and samples of one tenant that may wait")
+    result_retention_s: float = Field(600.0, ge=1, description="how long a result is kept after it was delivered")
+    seq_gap_timeout_s: float = Field(330.0, ge=1, description="how long an operation waits for a missing earlier seq")
+
+
+class KeySection(_Section):
+    """An API key given by the configuration. ``tuft key create`` makes better ones: they are stored hashed."""
+
+    tenant: str = Field(min_length=1, max_length=64)
+    key: SecretStr
+
+    @field_validator("key")
+    @classmethod
+    def _prefixed(cls, key: SecretStr) -> SecretStr:
+        if not key.get_secret_value().startswith(API_KEY_PREFIX):
+            raise ValueError(f"must start with {API_KEY_PREFIX!r}: the SDK refuses other keys")
+        return key
+
+
+class Config(BaseSettings):
+    """The whole configuration. ``base_models`` empty means the embedded SmolLM2-135M-Instruct."""
+
+    model_config = SettingsConfigDict(env_prefix="TUFT_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    home: Path = Field(Path("~/.tuft"), validate_default=True, description="directory of the database, keys and checkpoints")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home")
+    api_key: SecretStr | None = Field(None, description="TUFT_API_KEY: a further key for the tenant 'default'")
+    server: ServerSection = ServerSection()
+    engine: EngineSection = EngineSection()
+    limits: LimitsSection = LimitsSection()
+    base_models: tuple[BaseModelSection, ...] = ()
+    keys: tuple[KeySection, ...] = ()
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("api_key")
+    @classmethod
+    def _api_key_prefixed(cls, key: SecretStr | None) -> SecretStr | None:
+        return None if key is None else KeySection._prefixed(key)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        seen: set[str] = set()
+        for model in self.base_models:
+            for name in (model.name, *model.aliases):
+                if name in seen:
+                    raise ValueError(f"base_models: the name {name!r} is used twice")
+                seen.add(name)
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (env_settings, init_settings)
+
+
+def load_config(path: Path | None = None, **overrides: Any) -> Config:
+    """Read ``path`` (TOML), then the environment, then ``overrides`` (dotted option to value; None is ignored).
+
+    Raises ConfigError that lists every problem: option, value seen, what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    try:
+        config = Config(**values)
+        for dotted, value in overrides.items():
+            if value is not None:
+                config = _replaced(config, dotted.split("."), value)
+    except ValidationError as error:
+        where = str(path) if path is not None else "configuration"
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in _problems(error))) from error
+    return config
+
+
+def _replaced(config: Config, keys: list[str], value: Any) -> Config:
+    tree = config.model_dump()
+    leaf = tree
+    for key in keys[:-1]:
+        leaf = leaf[key]
+    leaf[keys[-1]] = value
+    return Config.model_validate(tree)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        option = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{option}: unknown option; `tuft config --show` lists all")
+        elif "key" in option:
+            lines.append(f"{option}: {item['msg']}")
+        else:
+            lines.append(f"{option}: got {item['input']!r}; {item['msg']}")
+    return lines

@@ -1,0 +1,163 @@
+"""What the service may know of the engine: the commands it takes and the replies it gives. No torch here.
+
+A *batch* is a tuple of commands computed in one pass; every command has its own reply, delivered as soon as it is
+known. ``engine.worker.EngineProcess.submit(batch)`` returns one ``concurrent.futures.Future`` a command.
+An adapter is named by its ``adapter_id``: for a training run the run's id, for frozen sampler weights the sampler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from tuft.types import AdamParams, AdapterState, BaseModelInfo, Datum, LoraSpec, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelSource:
+    """Where a base model comes from. ``path``: a GGUF file, a directory with config.json and safetensors, or a hub id.
+    ``tokenizer_dir``: where tokenizer files are written (GGUF) or linked from; it is created if missing."""
+
+    name: str
+    path: str
+    tokenizer_dir: str
+    aliases: tuple[str, ...] = ()
+    max_context_tokens: int | None = None
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """``micro_batch_tokens`` bounds the tokens of one forward and backward; ``kv_cache_tokens`` what all sequences
+    being sampled may hold together. ``num_threads`` 0 leaves torch's own choice."""
+
+    device: str = "auto"
+    micro_batch_tokens: int = 2048
+    kv_cache_tokens: int = 65_536
+    max_decode_rows: int = 32
+    num_threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CreateAdapter:
+    """New trainable adapter: A drawn from ``spec.seed``, B zero. Reply: None."""
+
+    adapter_id: str
+    base_model: str
+    spec: LoraSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Create or overwrite an adapter from ``state`` (moments and gradients reset where ``state`` has none).
+    ``trainable`` False makes frozen sampler weights: no gradient or moment buffers. Reply: None."""
+
+    adapter_id: str
+    base_model: str
+    state: AdapterState
+    trainable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CopyAdapter:
+    """Freeze the present weights of ``source_id`` under ``adapter_id`` for sampling. Reply: None."""
+
+    source_id: str
+    adapter_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportAdapter:
+    """Reply: AdapterState; weights alone, or with moments, step and accumulated gradients."""
+
+    adapter_id: str
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DropAdapter:
+    """Forget an adapter; unknown ids are fine. Reply: None."""
+
+    adapter_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunLoss:
+    """forward (``backward`` False) or forward_backward of one operation. Its gradients are added to the adapter's only
+    when the whole operation succeeded. Reply: LossResult."""
+
+    adapter_id: str
+    data: tuple[Datum, ...]
+    loss_fn: str
+    loss_fn_config: tuple[tuple[str, float | str], ...] = ()
+    backward: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(datum.num_tokens for datum in self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStep:
+    """One AdamW update from the accumulated gradients, which are then zero. Reply: OptimStepResult."""
+
+    adapter_id: str
+    params: AdamParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Sample ``num_samples`` continuations. ``adapter_id`` None samples the base model. Reply: SampleResult."""
+
+    base_model: str
+    adapter_id: str | None
+    prompt_tokens: tuple[int, ...]
+    params: SamplingParams
+    num_samples: int = 1
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+
+
+Command = CreateAdapter | LoadAdapter | CopyAdapter | ExportAdapter | DropAdapter | RunLoss | OptimStep | Sample
+
+
+@dataclass(frozen=True, slots=True)
+class LossSignature:
+    """Which ``loss_fn_inputs`` a loss needs, which it may have, and its config keys."""
+
+    required: frozenset[str]
+    optional: frozenset[str] = frozenset()
+    config: frozenset[str] = frozenset()
+
+
+LOSS_SIGNATURES: dict[str, LossSignature] = {
+    "cross_entropy": LossSignature(required=frozenset({"target_tokens"}), optional=frozenset({"weights"})),
+}
+"""The losses this server computes; ``engine.losses`` holds their formulas, one function a name."""
+
+
+class Engine(Protocol):
+    """The mailbox as the service sees it. Implemented by ``engine.worker.EngineProcess``."""
+
+    @property
+    def base_models(self) -> Sequence[BaseModelInfo]:
+        """Models that are loaded and can compute; empty until the engine is ready."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """How often the engine has started. An adapter lives in one generation only."""
+        ...
+
+    def submit(self, batch: Sequence[Command]) -> list[Future[Any]]:
+        """Queue commands to be computed in one pass, after everything submitted before (samples run beside training).
+
+        Each future ends with the command's reply or with a TuftError; EngineDied when the process ended.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the process; work it still holds fails with EngineDied."""
+        ...
