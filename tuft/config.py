@@ -37,7 +37,8 @@ class BaseModelSection(_Section):
 
     name: str = Field(min_length=1, description="the name that clients use, e.g. Qwen/Qwen3-4B-Instruct-2507")
     path: str | None = Field(
-        None, description="local directory (config.json + safetensors), GGUF file or hub id; default: the name as a hub id"
+        None,
+        description="local directory (config.json + safetensors), GGUF file or hub id; default: the name as a hub id",
     )
     aliases: tuple[str, ...] = Field((), description="further names for the same model")
     max_context_tokens: int | None = Field(None, ge=8, description="longest sequence; default: the model's own limit")
@@ -51,7 +52,9 @@ class EngineSection(_Section):
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     micro_batch_tokens: int = Field(2048, ge=64, description="most tokens of one forward and backward pass")
-    kv_cache_tokens: int = Field(65_536, ge=256, description="tokens that all sequences being sampled may hold together")
+    kv_cache_tokens: int = Field(
+        65_536, ge=256, description="tokens that all sequences being sampled may hold together"
+    )
     max_decode_rows: int = Field(32, ge=1, le=4096, description="most sequences decoded together")
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
 
@@ -87,7 +90,9 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TUFT_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
-    home: Path = Field(Path("~/.tuft"), validate_default=True, description="directory of the database, keys and checkpoints")
+    home: Path = Field(
+        Path("~/.tuft"), validate_default=True, description="directory of the database, keys and checkpoints"
+    )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home")
     api_key: SecretStr | None = Field(None, description="TUFT_API_KEY: a further key for the tenant 'default'")
     server: ServerSection = ServerSection()

@@ -180,14 +180,7 @@ class WeightsLoaded:
 
 
 FutureResult = (
-    LossResult
-    | OptimStepResult
-    | SampleResult
-    | RunCreated
-    | RunUnloaded
-    | WeightsSaved
-    | SamplerSaved
-    | WeightsLoaded
+    LossResult | OptimStepResult | SampleResult | RunCreated | RunUnloaded | WeightsSaved | SamplerSaved | WeightsLoaded
 )
 
 
