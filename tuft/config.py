@@ -68,6 +68,11 @@ class LimitsSection(_Section):
     max_runs_per_tenant: int = Field(64, ge=1, description="training runs of one tenant that may be loaded at once")
     max_pending_per_tenant: int = Field(20_000, ge=1, description="operations and samples of one tenant that may wait")
     result_retention_s: float = Field(600.0, ge=1, description="how long a result is kept after it was delivered")
+    unread_retention_s: float = Field(21_600.0, ge=1, description="how long a result that nobody reads is kept")
+    session_timeout_s: float = Field(
+        3600.0, ge=60, description="a session that is silent for so long is over, and its runs are unloaded"
+    )
+    max_resident_samplers: int = Field(64, ge=1, description="sampler adapters kept loaded; the least used leave first")
     seq_gap_timeout_s: float = Field(330.0, ge=1, description="how long an operation waits for a missing earlier seq")
 
 

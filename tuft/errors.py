@@ -7,6 +7,7 @@
     │   ├── NotFound              no such object among the caller's own
     │   ├── Gone                  a future that is unknown, or no longer kept
     │   ├── TooLarge              a request body over the limit
+    │   ├── QuotaExceeded         the tenant has as much at once as it may; later is fine
     │   └── RunLost               the run's live state is gone; names what can be loaded instead
     └── ServerError               the server could not do its part
         ├── ConfigError           the configuration cannot be honoured
@@ -66,6 +67,10 @@ class Gone(UserError):
 
 
 class TooLarge(UserError):
+    pass
+
+
+class QuotaExceeded(UserError):
     pass
 
 

@@ -17,7 +17,7 @@ RunStatus = Literal["creating", "live", "failed", "unloaded", "lost"]
 _PATH_SEGMENT: Mapping[CheckpointKind, str] = {"training": "weights", "sampler": "sampler_weights"}
 _KIND: Mapping[str, CheckpointKind] = {segment: kind for kind, segment in _PATH_SEGMENT.items()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-NAME_RULE = "must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or digit"
+_NAME_RULE = "must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or digit"
 
 
 def now() -> datetime:
@@ -87,13 +87,13 @@ class CheckpointPath:
         parts = rest.split("/")
         if scheme != "tinker" or len(parts) != 3 or parts[1] not in _KIND or not parts[0]:
             raise InvalidInput(field, path, "must read tinker://<run id>/<weights|sampler_weights>/<name>")
-        return cls(parts[0], _KIND[parts[1]], checkpoint_name(parts[2], field))
+        return cls(parts[0], _KIND[parts[1]], valid_name(parts[2], field))
 
 
-def checkpoint_name(name: str, field: str = "path") -> str:
-    """``name`` if it can name a checkpoint; else InvalidInput."""
+def valid_name(name: str, field: str) -> str:
+    """``name`` if it can name a tenant, a checkpoint or a directory; else InvalidInput naming ``field``."""
     if not _NAME.fullmatch(name):
-        raise InvalidInput(field, name, NAME_RULE)
+        raise InvalidInput(field, name, _NAME_RULE)
     return name
 
 

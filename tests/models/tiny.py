@@ -1,8 +1,8 @@
 """Tiny random models of every supported architecture, saved as Hugging Face saves them, with a small real tokenizer.
 
-    directory = make_tiny_model("qwen3", tmp_path / "qwen3")
+from tests.models.tiny import make_tiny_model
 
-Importable as ``tiny`` from anywhere under ``tests/`` (``pythonpath`` in the pytest configuration).
+directory = make_tiny_model("qwen3", tmp_path / "qwen3")
 """
 
 from __future__ import annotations

@@ -137,6 +137,20 @@ LOSS_SIGNATURES: dict[str, LossSignature] = {
 }
 """The losses this server computes; ``engine.losses`` holds their formulas, one function a name."""
 
+LOSS_INPUTS = frozenset(
+    {
+        "target_tokens",
+        "weights",
+        "logprobs",
+        "advantages",
+        "clip_low_threshold",
+        "clip_high_threshold",
+        "sequence_ratio_mask",
+    }
+)
+"""Every input that the API knows. A datum may carry those of another loss (forward_backward_custom sends the user's own
+data through cross_entropy first); a name beyond these is an error."""
+
 
 class Engine(Protocol):
     """The mailbox as the service sees it. Implemented by ``engine.worker.EngineProcess``."""

@@ -84,8 +84,7 @@ class DecoderConfig:
         num_kv_heads = _positive_int(config_json, "num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ModelError(
-                f"config.json: num_attention_heads: got {num_heads}; "
-                f"must be a multiple of num_key_value_heads {num_kv_heads}"
+                f"num_attention_heads: got {num_heads}; must be a multiple of num_key_value_heads {num_kv_heads}"
             )
         default_head_dim = _QWEN3_HEAD_DIM if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
         rope = _rope_parameters(config_json)
@@ -178,9 +177,7 @@ def _architecture(config_json: Mapping[str, Any]) -> str:
     named = config_json.get("architectures") or [_ARCHITECTURES.get(config_json.get("model_type", ""))]
     if named[0] not in _ARCHITECTURES.values():
         seen = named[0] or f"model_type {config_json.get('model_type')!r}"
-        raise ModelError(
-            f"config.json: architecture {seen} is not supported; supported: {', '.join(_ARCHITECTURES.values())}"
-        )
+        raise ModelError(f"architecture {seen} is not supported; supported: {', '.join(_ARCHITECTURES.values())}")
     return str(named[0])
 
 
@@ -189,7 +186,7 @@ def _refuse_unsupported(config_json: Mapping[str, Any]) -> None:
     if config_json.get("quantization_config"):
         method = config_json["quantization_config"].get("quant_method", "unknown")
         raise ModelError(
-            f"config.json: quantization_config: got {method!r}; "
+            f"quantization_config: got {method!r}; "
             "only unquantized safetensors (float32, bfloat16, float16) and GGUF are supported"
         )
     for option, allowed in (
@@ -199,14 +196,14 @@ def _refuse_unsupported(config_json: Mapping[str, Any]) -> None:
         ("partial_rotary_factor", 1.0),
     ):
         if config_json.get(option, allowed) != allowed:
-            raise ModelError(f"config.json: {option}: got {config_json[option]!r}; only {allowed!r} is supported")
+            raise ModelError(f"{option}: got {config_json[option]!r}; only {allowed!r} is supported")
 
 
 def _positive_int(config_json: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config_json.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"config.json: {key}: got {value!r}; must be a positive integer")
+        raise ModelError(f"{key}: got {value!r}; must be a positive integer")
     return value
 
 
@@ -218,7 +215,7 @@ def _max_context_tokens(config_json: Mapping[str, Any], architecture: str, wante
     window = _sliding_window(config_json, architecture)
     if window is not None and tokens > window:
         raise ModelError(
-            f"config.json: sliding_window {window} is shorter than the context of {tokens} tokens, and sliding "
+            f"sliding_window {window} is shorter than the context of {tokens} tokens, and sliding "
             f"windows are not supported; set max_context_tokens to at most {window}"
         )
     return tokens
@@ -248,17 +245,13 @@ def _rope_parameters(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope = dict(config_json.get("rope_scaling") or config_json.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError(
-            f"config.json: rope_parameters: got one entry a layer type ({', '.join(rope)}); must be one for all"
-        )
+        raise ModelError(f"rope_parameters: got one entry a layer type ({', '.join(rope)}); must be one for all")
     rope.setdefault("rope_theta", config_json.get("rope_theta", 10_000.0))
     rope.setdefault("rope_type", rope.get("type", "default"))
     if rope["rope_type"] not in _ROPE_TYPES:
-        raise ModelError(f"config.json: rope_type: got {rope['rope_type']!r}; supported: {', '.join(_ROPE_TYPES)}")
+        raise ModelError(f"rope_type: got {rope['rope_type']!r}; supported: {', '.join(_ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(
-            f"config.json: partial_rotary_factor: got {rope['partial_rotary_factor']!r}; only 1.0 is supported"
-        )
+        raise ModelError(f"partial_rotary_factor: got {rope['partial_rotary_factor']!r}; only 1.0 is supported")
     return rope
 
 
@@ -271,7 +264,7 @@ def _rope_scaling(rope: Mapping[str, Any], config_json: Mapping[str, Any]) -> Ro
     numbers = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     for key in numbers:
         if not isinstance(rope.get(key), int | float):
-            raise ModelError(f"config.json: rope_parameters.{key}: got {rope.get(key)!r}; {kind} rope needs a number")
+            raise ModelError(f"rope_parameters.{key}: got {rope.get(key)!r}; {kind} rope needs a number")
     if kind == "linear":
         return RopeScaling(kind, float(rope["factor"]), original)
     if kind == "llama3":
@@ -325,8 +318,8 @@ def _yarn_inv_freq(pos_freqs: Float32Array, scaling: RopeScaling, rope_theta: fl
     head_dim = 2 * len(pos_freqs)
 
     def channel(num_turns: float) -> float:
-        wavelength = scaling.original_max_tokens / num_turns
-        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope_theta))
+        angle = num_turns * 2 * math.pi
+        return head_dim * math.log(scaling.original_max_tokens / angle) / (2 * math.log(rope_theta))
 
     low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
     if scaling.truncate:

@@ -1,0 +1,3 @@
+from tuft.cli import main
+
+main()

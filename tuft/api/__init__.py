@@ -1,0 +1,1 @@
+"""The floor that speaks: HTTP and the wire formats of the Tinker API. No torch, no SQL."""

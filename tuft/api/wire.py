@@ -1,0 +1,202 @@
+"""Requests of forward_backward off the wire, in protobuf and in the older SDKs' JSON.
+
+Anything may arrive here: what is malformed is InvalidInput (or TooLarge), never another error, and what this server
+cannot compute is refused by name instead of being left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from tuft.api import tensors
+from tuft.api.proto import wire_pb2
+from tuft.api.tensors import WireTensor
+from tuft.errors import InvalidInput, TooLarge
+from tuft.types import Datum, Int64Array
+
+NOT_SUPPORTED = "is not supported by this server yet"
+MAX_SEQ_ID = 2**31 - 1
+"""Of a run's operations; a sample's seq_id has 64 bits."""
+
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True, slots=True)
+class LossRequest:
+    """The payload of a forward or forward_backward; ``loss_fn_config`` values are numbers or texts."""
+
+    data: tuple[Datum, ...]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float | str]
+    backward: bool
+
+
+def decode_loss_request(body: bytes, limit_bytes: int) -> LossRequest:
+    """A ForwardBackwardRequest in protobuf.
+
+    Dense arrays are read-only views of ``body``'s parts. Raises InvalidInput naming datum and field, and TooLarge if
+    sparse tensors would fill more than ``limit_bytes`` when dense.
+    """
+    message = wire_pb2.ForwardBackwardRequest()
+    try:
+        message.ParseFromString(body)
+    except DecodeError as error:
+        raise InvalidInput("body", f"{len(body)} bytes", "must be a ForwardBackwardRequest in protobuf") from error
+    parts = []
+    for index, datum in enumerate(message.data):
+        field = f"data[{index}]"
+        chunks = [_chunk_tokens(chunk, f"{field}.model_input[{i}]") for i, chunk in enumerate(datum.model_input)]
+        inputs = {
+            name: tensors.from_proto(tensor, f"{field}.loss_fn_inputs.{name}")
+            for name, tensor in datum.loss_fn_inputs.items()
+        }
+        parts.append((_concatenated(chunks), inputs))
+    return LossRequest(_data(parts, limit_bytes), message.loss_fn, _config(message), backward=not message.forward_only)
+
+
+def decode_loss_request_json(fields: object, limit_bytes: int, *, backward: bool, field: str) -> LossRequest:
+    """The same in JSON: ``{"data": [{"model_input": {"chunks": [...]}, "loss_fn_inputs": {...}}], "loss_fn": ...}``,
+    which stands under the name ``field`` in the body."""
+    request = _object(fields, field)
+    loss_fn = request.get("loss_fn")
+    if not isinstance(loss_fn, str):
+        raise InvalidInput(f"{field}.loss_fn", loss_fn, "must be the name of a loss")
+    config: dict[str, float | str] = {}
+    for key, value in _object(request.get("loss_fn_config") or {}, f"{field}.loss_fn_config").items():
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise InvalidInput(f"{field}.loss_fn_config.{key}", value, "must be a number or a text")
+        config[key] = value
+    parts = []
+    for index, item in enumerate(_list(request.get("data"), f"{field}.data")):
+        name = f"{field}.data[{index}]"
+        datum = _object(item, name)
+        tokens_T = prompt_tokens_json(datum.get("model_input"), f"{name}.model_input")
+        inputs = _object(datum.get("loss_fn_inputs") or {}, f"{name}.loss_fn_inputs")
+        parts.append(
+            (tokens_T, {key: tensors.from_json(value, f"{name}.loss_fn_inputs.{key}") for key, value in inputs.items()})
+        )
+    return LossRequest(_data(parts, limit_bytes), loss_fn, config, backward=backward)
+
+
+def prompt_tokens_json(model_input: object, field: str) -> Int64Array:
+    """The tokens of ``{"chunks": [{"type": "encoded_text", "tokens": [...]}, ...]}``, chunk after chunk."""
+    chunks = _list(_object(model_input, field).get("chunks"), f"{field}.chunks")
+    parts = []
+    for index, item in enumerate(chunks):
+        name = f"{field}.chunks[{index}]"
+        chunk = _object(item, name)
+        kind = chunk.get("type", "encoded_text")
+        if kind != "encoded_text":
+            raise InvalidInput(f"{name}.type", kind, f"{NOT_SUPPORTED}; must be 'encoded_text'")
+        parts.append(tensors.integers_from_json(chunk.get("tokens"), f"{name}.tokens"))
+    return _concatenated(parts)
+
+
+def scan_envelope(body: bytes) -> tuple[str, int]:
+    """``(model_id, seq_id)`` of a ForwardBackwardRequest that may be cut off or wrong further on.
+
+    The client has used up the seq by sending it, so even a damaged request must be able to fail under it.
+    Raises InvalidInput if the two cannot be read.
+    """
+    model_id: str | None = None
+    seq_id: int | None = None
+    try:
+        for number, value in _top_level_fields(body):
+            if number == 1 and isinstance(value, bytes):
+                model_id = value.decode()
+            elif number == 2 and isinstance(value, int):
+                seq_id = value
+            if model_id is not None and seq_id is not None:
+                break
+    except (IndexError, ValueError):  # cut off, or no protobuf at all
+        pass
+    if model_id is None or seq_id is None:
+        raise InvalidInput("body", f"{len(body)} bytes", "must be a protobuf request with model_id and seq_id")
+    if not 1 <= seq_id <= MAX_SEQ_ID:
+        raise InvalidInput("seq_id", seq_id, f"must be 1 to {MAX_SEQ_ID}")
+    return model_id, seq_id
+
+
+def _top_level_fields(body: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field numbers and values as protobuf lays them out, until the end. IndexError where the body is cut off."""
+    position = 0
+    while position < len(body):
+        key, position = _varint(body, position)
+        number, kind = key >> 3, key & 7
+        value: int | bytes
+        if kind == _VARINT:
+            value, position = _varint(body, position)
+        elif kind in (_FIXED64, _LENGTH_DELIMITED, _FIXED32):
+            size = {_FIXED64: 8, _FIXED32: 4}.get(kind)
+            if size is None:
+                size, position = _varint(body, position)
+            if position + size > len(body):
+                raise IndexError
+            value, position = body[position : position + size], position + size
+        else:
+            raise ValueError(f"wire type {kind}")
+        yield number, value
+
+
+def _varint(body: bytes, position: int) -> tuple[int, int]:
+    """Base-128, low group first, at most ten bytes."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = body[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("a varint of more than ten bytes")
+
+
+def _config(message: wire_pb2.ForwardBackwardRequest) -> Mapping[str, float | str]:
+    config: dict[str, float | str] = dict(message.loss_fn_config)
+    for key, value in message.loss_fn_config_v2.items():
+        kind = value.WhichOneof("value")
+        if kind is None:
+            raise InvalidInput(f"loss_fn_config_v2.{key}", "neither", "must hold a number or a text")
+        config[key] = value.text if kind == "text" else value.number
+    return config
+
+
+def _chunk_tokens(chunk: wire_pb2.Chunk, field: str) -> Int64Array:
+    kind = chunk.WhichOneof("chunk")
+    if kind != "encoded_text":
+        raise InvalidInput(field, kind or "an unknown kind", f"{NOT_SUPPORTED}; must be encoded_text")
+    return tensors.tokens_from_bytes(chunk.encoded_text.tokens, f"{field}.encoded_text.tokens")
+
+
+def _concatenated(chunks: Sequence[Int64Array]) -> Int64Array:
+    if len(chunks) == 1:
+        return chunks[0]
+    return np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
+
+
+def _data(parts: Sequence[tuple[Int64Array, Mapping[str, WireTensor]]], limit_bytes: int) -> tuple[Datum, ...]:
+    sparse_bytes = sum(
+        tensor.dense_bytes for _, inputs in parts for tensor in inputs.values() if tensor.crow is not None
+    )
+    if sparse_bytes > limit_bytes:
+        raise TooLarge(
+            f"data: its sparse tensors are {sparse_bytes} bytes when dense; at most {limit_bytes} bytes are allowed"
+        )
+    return tuple(
+        Datum(tokens_T, {name: tensor.dense() for name, tensor in inputs.items()}) for tokens_T, inputs in parts
+    )
+
+
+def _object(value: object, field: str) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise InvalidInput(field, value, "must be an object")
+    return value
+
+
+def _list(value: object, field: str) -> Sequence[object]:
+    if not isinstance(value, list):
+        raise InvalidInput(field, value, "must be a list")
+    return value

@@ -1,0 +1,194 @@
+"""The composition root: configuration in, a running server out."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from tuft.api.http import create_app
+from tuft.config import Config
+from tuft.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, find_embedded
+from tuft.engine.base import BaseModelSource, EngineSettings
+from tuft.engine.worker import EngineProcess
+from tuft.errors import ConfigError, StorageError
+from tuft.service.services import Services
+from tuft.service.tenants import DEFAULT_TENANT, Tenants
+from tuft.store.catalog import Catalog
+from tuft.store.db import open_database, sqlite_url
+
+
+def prepare_home(home: Path) -> None:
+    """Make the home if it is missing, readable by its owner alone. Raises StorageError."""
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (home / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"home {home} cannot be used: {error.strerror}; choose another with --home") from error
+
+
+def open_catalog(config: Config) -> Catalog:
+    """The home's catalog, brought to the newest schema; safe beside a running server."""
+    prepare_home(config.home)
+    return Catalog(open_database(config.database_url or sqlite_url(config.home)))
+
+
+def model_sources(config: Config) -> list[BaseModelSource]:
+    """The configured base models; without any, the embedded one. Raises ModelError if that is not installed."""
+    tokenizers = config.home / "tokenizers"
+    if not config.base_models:
+        return [
+            BaseModelSource(
+                name=EMBEDDED_NAME,
+                path=str(find_embedded()),
+                tokenizer_dir=str(tokenizers / EMBEDDED_NAME.replace("/", "--")),
+                aliases=EMBEDDED_ALIASES,
+            )
+        ]
+    return [
+        BaseModelSource(
+            name=model.name,
+            path=model.path or model.name,
+            tokenizer_dir=str(tokenizers / model.name.replace("/", "--")),
+            aliases=model.aliases,
+            max_context_tokens=model.max_context_tokens,
+            precision=model.precision,
+        )
+        for model in config.base_models
+    ]
+
+
+def start_engine(config: Config) -> EngineProcess:
+    """The engine's process, loading; ``wait_ready`` tells when it can compute."""
+    engine = EngineProcess(model_sources(config), EngineSettings(**config.engine.model_dump()))
+    engine.start()
+    return engine
+
+
+def ensure_first_key(config: Config, tenants: Tenants) -> tuple[str | None, bool]:
+    """A key to show at launch, and whether it was made just now.
+
+    The first launch without any key makes one for the default tenant and keeps it in ``<home>/api_key``, readable by
+    the owner alone; later launches show that one as long as the server still knows it.
+    """
+    file = config.home / "api_key"
+    if config.api_key is not None:
+        return config.api_key.get_secret_value(), False
+    if file.exists():
+        return file.read_text().strip() or None, False
+    if config.keys or tenants.has_keys():
+        return None, False
+    key = tenants.create_key(DEFAULT_TENANT)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(key + "\n")
+    return key, True
+
+
+def serve(config: Config, on_event: Callable[[str, dict[str, object]], None]) -> None:
+    """Run the server until SIGTERM or SIGINT. ``on_event(name, facts)`` is told ``listening`` (url, key, key_is_new,
+    models), ``ready`` (models) and ``stopping``.
+
+    Raises ConfigError, ModelError or StorageError if it cannot start.
+    """
+    prepare_home(config.home)
+    with _locked(config.home):
+        listener = _listen(config)
+        _raise_open_file_limit()
+        catalog = open_catalog(config)
+        engine = start_engine(config)
+        try:
+            asyncio.run(_serve(config, catalog, engine, listener, on_event))
+        finally:
+            engine.close()
+            catalog.close()
+            listener.close()
+
+
+async def _serve(
+    config: Config,
+    catalog: Catalog,
+    engine: EngineProcess,
+    listener: socket.socket,
+    on_event: Callable[[str, dict[str, object]], None],
+) -> None:
+    services = Services(config, catalog, engine)
+    await services.start()
+    key, key_is_new = ensure_first_key(config, services.tenants)
+    host, port = listener.getsockname()[:2]
+    url = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"  # noqa: S104
+    server = _Server(
+        uvicorn.Config(create_app(services), log_config=None, access_log=False, timeout_keep_alive=75, lifespan="off")
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        on_event("listening", {"url": url, "key": key, "key_is_new": key_is_new})
+        loading = asyncio.create_task(asyncio.to_thread(engine.wait_ready))
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()  # raises what the engine could not load
+            on_event("ready", {"models": list(services.base_models)})
+            await stopping
+        on_event("stopping", {})
+    finally:
+        stopping.cancel()
+        await services.stop()
+        server.should_exit = True
+        await serving
+        engine.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: queued work ends before the listener does."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(config: Config) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.server.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.server.host, config.server.port))
+    except OSError as error:
+        listener.close()
+        where = f"{config.server.host}:{config.server.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}; --port 0 takes a free port") from error
+    return listener
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """One server a home: a second would delete what the first is still writing."""
+    with (home / "server.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"home {home} is in use by the server with process id {file.read().strip()}") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _raise_open_file_limit() -> None:
+    """Every future being waited for holds a connection; the default soft limit of 1,024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else hard
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,148 @@
+"""Keys and values of the sequences being sampled, and attention over them.
+
+Sequences that started together and share a prompt (the samples of one request) have the same length at every step, so
+they live in one cache and are one batched product. The prompt they share is stored, and read, once.
+
+Products are in float32 whatever the cache's dtype, and their shapes are padded to whole blocks: a matrix of a batched
+product is then the same shape at the same alignment however many sequences there are, and gives the same bits.
+
+Shape letters: ``S`` sequences of a cache, ``H`` query heads, ``G`` key/value heads, ``g`` query heads of one key/value head,
+``d`` head dimension, ``L`` positions, ``C`` capacity in positions, ``T`` tokens of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tuft.models.architecture import DecoderConfig
+
+BLOCK_TOKENS = 16
+"""Positions a cache grows by: 64 bytes of float32, one cache line."""
+
+
+def _whole_blocks(length: int) -> int:
+    return -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+class KvCache:
+    """``num_sequences`` sequences of equal ``length``, all layers.
+
+    Memory is reserved for ``capacity`` positions; on a CPU the system commits it as it is written.
+    Keys lie transposed, as the score product reads them.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, num_sequences: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, config.num_kv_heads, num_sequences)
+        padded = _whole_blocks(capacity)
+        self.keys = torch.empty(*shape, config.head_dim, padded, dtype=dtype, device=device)
+        self.values = torch.empty(*shape, padded, config.head_dim, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, num_tokens: int) -> None:
+        """Make room for ``num_tokens`` more positions; every layer then writes them."""
+        end = self.length + num_tokens
+        # the padding of the last block is multiplied by probability 0, which must not meet a stray NaN
+        self.values[:, :, :, end : _whole_blocks(end)] = 0
+        self.length = end
+
+    def write(self, layer: int, k_SLGd: Tensor, v_SLGd: Tensor) -> None:
+        """The last L positions of a layer, after ``extend(L)``."""
+        start = self.length - k_SLGd.shape[1]
+        self.keys[layer, :, :, :, start : self.length] = k_SLGd.permute(2, 0, 3, 1)
+        self.values[layer, :, :, start : self.length] = v_SLGd.permute(2, 0, 1, 3)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget the sequences that are not in ``rows``."""
+        kept = torch.tensor(list(rows), device=self.keys.device)
+        self.keys = self.keys.index_select(2, kept)
+        self.values = self.values.index_select(2, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """The next tokens of one prompt: L consecutive rows of the step, written to a cache of one sequence."""
+
+    start: int
+    stop: int
+    cache: KvCache
+
+    def attend(self, layer: int, q_LHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
+        cache = self.cache
+        cache.write(layer, k_LGd[None], v_LGd[None])
+        q_1HLd, k_1GLd, v_1GLd = (x.transpose(0, 1)[None] for x in (q_LHd, k_LGd, v_LGd))
+        before = cache.length - q_LHd.shape[0]
+        if before == 0:  # exactly what the trainer computes
+            out_1HLd = F.scaled_dot_product_attention(q_1HLd, k_1GLd, v_1GLd, is_causal=True, enable_gqa=True)
+        else:
+            keys_1GLd = cache.keys[layer, :, 0, :, : cache.length].transpose(1, 2)[None].contiguous()
+            values_1GLd = cache.values[layer, :, 0, : cache.length][None]
+            mask_LL = torch.ones(q_LHd.shape[0], cache.length, dtype=torch.bool, device=q_LHd.device).tril(before)
+            out_1HLd = F.scaled_dot_product_attention(
+                q_1HLd, keys_1GLd, values_1GLd, attn_mask=mask_LL, enable_gqa=True
+            )
+        return out_1HLd[0].transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpan:
+    """One new token of each sequence of a cache: S consecutive rows of the step. ``prompt`` is what all of them follow,
+    None where the cache holds the prompt itself."""
+
+    start: int
+    stop: int
+    cache: KvCache
+    prompt: KvCache | None
+
+    def attend(self, layer: int, q_SHd: Tensor, k_SGd: Tensor, v_SGd: Tensor) -> Tensor:
+        cache, prompt = self.cache, self.prompt
+        cache.write(layer, k_SGd[:, None], v_SGd[:, None])
+        num_sequences, num_heads, d = q_SHd.shape
+        G = k_SGd.shape[1]
+        g = num_heads // G
+        q_GSgd = q_SHd.view(num_sequences, G, g, d).transpose(0, 1).float().contiguous() * d**-0.5
+        shared = 0 if prompt is None else _whole_blocks(prompt.length)
+        own = _whole_blocks(cache.length)
+        scores_GSgL = torch.empty(G, num_sequences, g, shared + own, device=q_SHd.device)
+        keys = cache.keys[layer, ..., :own].float().flatten(0, 1)
+        scores_GSgL[..., shared:] = torch.bmm(q_GSgd.flatten(0, 1), keys).view(G, num_sequences, g, own)
+        scores_GSgL[..., shared + cache.length :] = -torch.inf
+        if prompt is not None:
+            keys = prompt.keys[layer, :, 0, :, :shared].float()
+            scores_GSgL[..., :shared] = _shared_product(q_GSgd, keys)
+            scores_GSgL[..., prompt.length : shared] = -torch.inf
+        probs_GSgL = torch.softmax(scores_GSgL, dim=-1)
+        values = cache.values[layer, :, :, :own].float().flatten(0, 1)
+        out_GSgd = torch.bmm(probs_GSgL[..., shared:].flatten(0, 1), values).view(G, num_sequences, g, d)
+        if prompt is not None:
+            out_GSgd += _shared_product(probs_GSgL[..., :shared], prompt.values[layer, :, 0, :shared].float())
+        return out_GSgd.transpose(0, 1).reshape(num_sequences, num_heads, d).to(q_SHd.dtype)
+
+
+def _shared_product(x_GSgm: Tensor, shared_Gmn: Tensor) -> Tensor:
+    """Every sequence's rows times one matrix a key/value head. At least 8 rows: with fewer, float32 products use other
+    kernels, and a sequence's bits would depend on how many there are."""
+    G, num_sequences, g, _ = x_GSgm.shape
+    rows = num_sequences * g
+    x_GRm = F.pad(x_GSgm.flatten(1, 2), (0, 0, 0, max(0, 8 - rows)))
+    return torch.bmm(x_GRm, shared_Gmn)[:, :rows].unflatten(1, (num_sequences, g))
+
+
+class StepAttention:
+    """``tuft.models.decoder.Attention`` over the spans of one step; rows that belong to no span attend to nothing."""
+
+    def __init__(self, spans: Sequence[PromptSpan | DecodeSpan]) -> None:
+        self._spans = spans
+
+    def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        out_THd = torch.zeros_like(q_THd)
+        for span in self._spans:
+            rows = slice(span.start, span.stop)
+            out_THd[rows] = span.attend(layer, q_THd[rows], k_TGd[rows], v_TGd[rows])
+        return out_THd

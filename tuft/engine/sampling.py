@@ -1,0 +1,155 @@
+"""The mathematics of sampling: seeded draws, temperature, top-k, top-p and stop conditions.
+
+Every row is computed by itself: what is drawn for one row never depends on the other rows of the call.
+Shape letters: ``N`` rows, ``M`` some of the rows, ``V`` vocabulary, ``B`` blocks of the vocabulary, ``b`` tokens of a block,
+``K`` candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tuft.errors import InvalidInput
+from tuft.types import SamplingParams
+
+_UINT64 = 2**64 - 1
+_BLOCK_TOKENS = 128
+_FIRST_CANDIDATES = 1024
+"""How many of the likeliest tokens are looked at first for top-p alone; all of them only where these do not reach it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one row is drawn. ``uniform`` lies in [0, 1) and decides alone which token is taken."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    uniform: float
+
+
+def uniform(seed: int, sample_index: int, position: int) -> float:
+    """The number in [0, 1) that belongs to (seed, sample index, position): Philox is counter-based, so there is no state
+    that the order of work could change."""
+    key = np.array([seed & _UINT64, sample_index], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
+
+
+def draw_tokens(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
+    """One token a row and its logprob under the temperature-scaled distribution over the whole vocabulary.
+
+    ``logits_NV`` is float32. A row whose logits are not numbers gets some token and the logprob NaN.
+    """
+    temperatures = [draw.temperature or 1.0 for draw in draws]
+    logprobs_NV = torch.log_softmax(logits_NV / logits_NV.new_tensor(temperatures)[:, None], dim=-1)
+    tokens_N = logprobs_NV.argmax(dim=-1)
+    plain = [n for n, draw in enumerate(draws) if draw.temperature > 0 and not _is_truncated(draw)]
+    if plain:
+        rows_M = torch.tensor(plain, device=logits_NV.device)
+        uniforms_M = torch.tensor([draws[n].uniform for n in plain], dtype=torch.float64, device=logits_NV.device)
+        tokens_N[rows_M] = _inverse_cdf(logprobs_NV[rows_M].exp(), uniforms_M)
+    for n, draw in enumerate(draws):
+        if draw.temperature > 0 and _is_truncated(draw):
+            ids_K, probs_K = _candidates(logprobs_NV[n], draw.top_k, draw.top_p)
+            chosen = _inverse_cdf(probs_K[None], probs_K.new_tensor([draw.uniform], dtype=torch.float64))
+            tokens_N[n] = ids_K[chosen[0]]
+    chosen_N = logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
+    return tokens_N.tolist(), chosen_N.tolist()
+
+
+def _is_truncated(draw: Draw) -> bool:
+    return draw.top_k > 0 or draw.top_p < 1.0
+
+
+def _candidates(logprobs_V: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """The tokens that top-k and then top-p (of what top-k left) keep, likeliest first, and their probabilities."""
+    vocab_size = logprobs_V.shape[0]
+    count = min(top_k if top_k > 0 else _FIRST_CANDIDATES, vocab_size)
+    values_K, ids_K = logprobs_V.topk(count)
+    if top_p < 1.0:
+        mass_K = values_K.double().exp().cumsum(0)
+        if top_k <= 0 and count < vocab_size and float(mass_K[-1]) < top_p:
+            values_K, ids_K = logprobs_V.sort(descending=True, stable=True)
+            mass_K = values_K.double().exp().cumsum(0)
+        total = mass_K[-1] if top_k > 0 else torch.ones_like(mass_K[-1])
+        kept = 1 + int((mass_K < top_p * total).sum())  # the token that crosses top_p is kept
+        values_K, ids_K = values_K[:kept], ids_K[:kept]
+    return ids_K, values_K.exp()
+
+
+def _inverse_cdf(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:
+    """The first token of each row at which the cumulative probability exceeds ``uniform * total``.
+
+    In two levels, blocks and then the tokens of one block, so that only a fraction is ever accumulated in float64.
+    """
+    num_rows, width = probs_MV.shape
+    padded_MV = torch.nn.functional.pad(probs_MV, (0, -width % _BLOCK_TOKENS))
+    blocks_MBb = padded_MV.view(num_rows, -1, _BLOCK_TOKENS)
+    mass_MB = blocks_MBb.sum(dim=-1).double().cumsum(dim=-1)
+    total_M1 = mass_MB[:, -1:]
+    target_M1 = torch.minimum(uniforms_M[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
+    block_M1 = (mass_MB <= target_M1).sum(dim=-1, keepdim=True)
+    before_M1 = torch.nn.functional.pad(mass_MB, (1, 0)).gather(1, block_M1)
+    inside_Mb = blocks_MBb[torch.arange(num_rows, device=probs_MV.device), block_M1[:, 0]]
+    offset_M = (inside_Mb.double().cumsum(dim=-1) <= target_M1 - before_M1).sum(dim=-1)
+    # float32 block sums and float64 sums inside may differ in the last digit: stay on a token that has probability
+    order_b = torch.arange(_BLOCK_TOKENS, device=probs_MV.device)
+    last_M = torch.where(inside_Mb > 0, order_b, 0).amax(dim=-1)
+    return block_M1[:, 0] * _BLOCK_TOKENS + torch.minimum(offset_M, last_M)
+
+
+def check_params(params: SamplingParams) -> None:
+    """Raises InvalidInput that names the first field of ``params`` that cannot be honoured."""
+    if not (isfinite(params.temperature) and params.temperature >= 0):
+        raise InvalidInput("sampling_params.temperature", params.temperature, "must be 0 (greedy) or more")
+    if not (params.top_k == -1 or params.top_k >= 1):
+        raise InvalidInput("sampling_params.top_k", params.top_k, "must be -1 (off) or at least 1")
+    if not 0 < params.top_p <= 1:
+        raise InvalidInput("sampling_params.top_p", params.top_p, "must be above 0 and at most 1")
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise InvalidInput("sampling_params.max_tokens", params.max_tokens, "must be at least 1")
+    if any(stop == "" for stop in params.stop or ()):
+        raise InvalidInput("sampling_params.stop", params.stop, "strings must not be empty")
+
+
+class StopRule:
+    """When a sequence ends before its length does: at a token of a set, or once its text contains a string.
+
+    Text is decoded with its special tokens, so ``<|im_end|>`` may be given as a string. Only a tail is decoded: a string
+    of n bytes that ends with the last token spans at most n tokens.
+    """
+
+    def __init__(
+        self,
+        stop: tuple[str, ...] | tuple[int, ...] | None,
+        eos_token_ids: Collection[int],
+        tokenizer: Tokenizer,
+        prompt_tokens: Sequence[int],
+    ) -> None:
+        wanted = eos_token_ids if stop is None else stop
+        self._tokens = frozenset(item for item in wanted if isinstance(item, int))
+        self._strings = tuple(item for item in wanted if isinstance(item, str))
+        self._tokenizer = tokenizer
+        self._before = list(prompt_tokens[-1:])
+        longest = max((len(string.encode()) for string in self._strings), default=0)
+        self._tail_tokens = longest + 4  # a UTF-8 character cut at the start of the tail spoils at most 4 tokens
+
+    def is_reached(self, tokens: Sequence[int]) -> bool:
+        """Whether ``tokens``, generated so far, are stopped by their last one."""
+        if tokens[-1] in self._tokens:
+            return True
+        if not self._strings:
+            return False
+        tail = list(tokens[-self._tail_tokens :])
+        # a token before the tail keeps its leading space, which some tokenizers drop from the first word they decode
+        before = list(tokens[-self._tail_tokens - 1 : -self._tail_tokens]) or self._before
+        skipped = len(self._tokenizer.decode(before, skip_special_tokens=False))
+        text = self._tokenizer.decode(before + tail, skip_special_tokens=False)[skipped:]
+        return any(string in text for string in self._strings)

@@ -1,0 +1,148 @@
+"""The decoder: one frozen base model, computed for rows of many adapters at once. Trainer and sampler share it.
+
+Shape letters: ``T`` packed rows, ``D`` residual channels, ``H`` query heads, ``G`` key-value heads, ``d`` channels of a
+head, ``C`` positions of the context, ``N`` few rows, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tuft.models.architecture import DecoderConfig
+from tuft.models.functions import (
+    AddRmsNorm,
+    HeadRmsNorm,
+    LoraLinear,
+    RotaryHeads,
+    SwiGlu,
+    add_lora,
+    base_product,
+    lora_rows,
+)
+from tuft.models.load import LoadedWeights
+from tuft.models.lora import LM_HEAD, Segment, group_key
+
+Precision = Literal["bf16", "float32"]
+
+
+class Attention(Protocol):
+    """What a layer's queries see: packed sequences when training, a cache when sampling."""
+
+    def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        """Queries and keys are rotated already. Returns the contexts ``[T, H, d]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    weight_NK: Tensor
+    bias_N: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One block's frozen weights; projections that share their input are one matrix."""
+
+    qkv: _Linear
+    o: _Linear
+    gate_up: _Linear
+    down: _Linear
+    attention_norm_D: Tensor
+    mlp_norm_D: Tensor
+    head_norm_qkd: Tensor | None
+
+
+class Decoder:
+    """Frozen base weights on ``device``. ``bf16``: base and LoRA products in bf16; residual stream, norm statistics,
+    softmax and every accumulation in float32. ``float32``: everything."""
+
+    def __init__(self, weights: LoadedWeights, precision: Precision, device: torch.device) -> None:
+        self.config: DecoderConfig = weights.config
+        self.precision: Precision = precision
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.device = device
+        tensors = weights.tensors
+        self.embed_VD = tensors["model.embed_tokens.weight"].to(device, self.dtype)
+        head = tensors.get("lm_head.weight")
+        self.head_VD = self.embed_VD if head is None else head.to(device, self.dtype)
+        self.final_norm_D = tensors["model.norm.weight"].to(device, torch.float32)
+        self._layers = [self._layer(tensors, layer) for layer in range(self.config.num_layers)]
+        self._cos_Cd, self._sin_Ch = self._rope_tables()
+
+    def _layer(self, tensors: Mapping[str, Tensor], layer: int) -> _Layer:
+        prefix = f"model.layers.{layer}."
+
+        def linear(*names: str) -> _Linear:
+            biases = [tensors[f"{prefix}{n}.bias"] for n in names if f"{prefix}{n}.bias" in tensors]
+            weight_NK = torch.cat([tensors[f"{prefix}{n}.weight"].to(self.device, self.dtype) for n in names])
+            return _Linear(weight_NK, torch.cat(biases).to(self.device, self.dtype) if biases else None)
+
+        def norm(name: str) -> Tensor:
+            return tensors[f"{prefix}{name}.weight"].to(self.device, torch.float32)
+
+        head_norm_qkd = None
+        if self.config.qk_norm:
+            q_norm_Hd = norm("self_attn.q_norm").expand(self.config.num_heads, -1)
+            k_norm_Gd = norm("self_attn.k_norm").expand(self.config.num_kv_heads, -1)
+            head_norm_qkd = torch.cat([q_norm_Hd, k_norm_Gd])
+        return _Layer(
+            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            o=linear("self_attn.o_proj"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            down=linear("mlp.down_proj"),
+            attention_norm_D=norm("input_layernorm"),
+            mlp_norm_D=norm("post_attention_layernorm"),
+            head_norm_qkd=head_norm_qkd,
+        )
+
+    def _rope_tables(self) -> tuple[Tensor, Tensor]:
+        """cos ``[C, d]`` (its halves are equal) and sin ``[C, d / 2]`` of every position, float32."""
+        inv_freq_h = torch.from_numpy(self.config.rope_inv_freq())
+        angles_Ch = torch.arange(self.config.max_context_tokens, dtype=torch.float32)[:, None] * inv_freq_h
+        scaling = self.config.rope_scaling
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        cos_Ch, sin_Ch = angles_Ch.cos() * factor, angles_Ch.sin() * factor
+        return torch.cat([cos_Ch, cos_Ch], dim=1).to(self.device), sin_Ch.to(self.device)
+
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: Sequence[Segment]
+    ) -> Tensor:
+        """``x_TD`` after the final norm, in the compute dtype. Differentiable if gradients are enabled: its
+        ``backward`` adds to the gradient buffers of the segments."""
+        config = self.config
+        cos_T1d, sin_T1h = self._cos_Cd[positions_T].unsqueeze(1), self._sin_Ch[positions_T].unsqueeze(1)
+        x_TD = F.embedding(tokens_T, self.embed_VD)
+        if torch.is_grad_enabled():
+            x_TD.requires_grad_()  # nothing else does: the weights are frozen, LoRA gradients go their own way
+        residual_TD, x_TD = AddRmsNorm.apply(None, x_TD, self._layers[0].attention_norm_D, config.rms_norm_eps)
+        for index, layer in enumerate(self._layers):
+            x_TD = self._linear(x_TD, layer.qkv, group_key(index, "qkv"), segments)
+            if layer.head_norm_qkd is not None:
+                x_TD = HeadRmsNorm.apply(x_TD, layer.head_norm_qkd, config.rms_norm_eps)
+            q_THd, k_TGd, v_TGd = RotaryHeads.apply(x_TD, cos_T1d, sin_T1h, config.num_heads, config.num_kv_heads)
+            context_THd = attention.attend(index, q_THd, k_TGd, v_TGd)
+            x_TD = self._linear(context_THd.flatten(1), layer.o, group_key(index, "o"), segments)
+            residual_TD, x_TD = AddRmsNorm.apply(residual_TD, x_TD, layer.mlp_norm_D, config.rms_norm_eps)
+            x_TI = SwiGlu.apply(self._linear(x_TD, layer.gate_up, group_key(index, "gate_up"), segments))
+            x_TD = self._linear(x_TI, layer.down, group_key(index, "down"), segments)
+            is_last = index + 1 == config.num_layers
+            norm_D = self.final_norm_D if is_last else self._layers[index + 1].attention_norm_D
+            residual_TD, x_TD = AddRmsNorm.apply(residual_TD, x_TD, norm_D, config.rms_norm_eps)
+        return x_TD
+
+    def _linear(self, x_TK: Tensor, linear: _Linear, key: str, segments: Sequence[Segment]) -> Tensor:
+        y_TN: Tensor = LoraLinear.apply(x_TK, linear.weight_NK, linear.bias_N, lora_rows(segments, key, self.dtype))
+        return y_TN
+
+    def logits(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Logits ``[N, V]`` in the compute dtype, unembedding LoRA included; no gradients."""
+        with torch.no_grad():
+            logits_NV = base_product(x_ND, self.head_VD)
+            add_lora(logits_NV, x_ND, lora_rows(segments, LM_HEAD, self.dtype))
+        return logits_NV

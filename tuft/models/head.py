@@ -1,0 +1,206 @@
+"""The unembedding head: log-probabilities of target tokens and their gradient, in chunks, never ``[T, V]`` at once.
+
+It runs outside autograd: the gradient of a token's log-probability needs the softmax that its chunk has at hand anyway.
+In bf16 a logit near 20 is rounded by up to 0.06, so the two logits that a log-probability hangs on, the target's and the
+largest, are computed again in float32 as dot products of their rows.
+
+Shape letters: ``T`` packed rows, ``N`` rows of one chunk, ``A`` rows of a chunk with a gradient, ``D`` residual channels,
+``V`` vocabulary, ``M`` (row, target) pairs, ``K`` alternatives of a row, ``r`` LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuft.models.decoder import Decoder
+from tuft.models.functions import add_lora, base_product, lora_backward, lora_rows
+from tuft.models.lora import LM_HEAD, Segment
+from tuft.types import Int64Array
+
+MAX_CHUNK_ROWS = 128
+"""Rows of one chunk: enough to fill the product, few enough that their float32 logits stay small (25 MB at 49k)."""
+
+LossGradient = Callable[[int, int, Tensor], Tensor | None]
+"""``(first, stop, logprobs_M)`` of the pairs ``first:stop``, all of one segment, to dloss/dlogprob, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Pairs sorted by row: ``tokens_M[i]`` is a target of row ``rows_M[i]``; a row may have any number of them."""
+
+    rows_M: Int64Array
+    tokens_M: Int64Array
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """``logprobs_M`` float32; ``dhidden_TD`` if a loss gradient was asked for; ``top_*_TK`` if alternatives were."""
+
+    logprobs_M: Tensor
+    dhidden_TD: Tensor | None
+    top_tokens_TK: Tensor | None
+    top_logprobs_TK: Tensor | None
+
+
+def score(
+    decoder: Decoder,
+    x_TD: Tensor,
+    segments: Sequence[Segment],
+    targets: Targets,
+    loss_gradient: LossGradient | None = None,
+    num_alternatives: int = 0,
+) -> Scores:
+    """Log-probabilities (temperature 1) of ``targets`` under the rows of ``x_TD``, the decoder's hidden states.
+
+    With ``loss_gradient`` also dloss/dx, and the unembedding LoRA's gradients are added to the segments' buffers. It is
+    called once for every piece of a segment, and pieces depend on the segment alone, not on its neighbours.
+    """
+    logprobs_M = torch.empty(len(targets.rows_M), dtype=torch.float32, device=x_TD.device)
+    scores = Scores(
+        logprobs_M,
+        torch.zeros_like(x_TD) if loss_gradient is not None else None,
+        torch.empty((len(x_TD), num_alternatives), dtype=torch.int64, device=x_TD.device) if num_alternatives else None,
+        torch.empty((len(x_TD), num_alternatives), device=x_TD.device) if num_alternatives else None,
+    )
+    with torch.no_grad():
+        for pieces in _chunks(len(x_TD), segments):
+            _score_chunk(decoder, x_TD, pieces, targets, loss_gradient, scores)
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    start: int
+    stop: int
+    segment: Segment | None
+
+
+def _chunks(num_rows: int, segments: Sequence[Segment]) -> Iterator[list[_Piece]]:
+    """Consecutive pieces of at most ``MAX_CHUNK_ROWS`` rows together."""
+    chunk: list[_Piece] = []
+    for piece in _pieces(num_rows, segments):
+        if chunk and piece.stop - chunk[0].start > MAX_CHUNK_ROWS:
+            yield chunk
+            chunk = []
+        chunk.append(piece)
+    if chunk:
+        yield chunk
+
+
+def _pieces(num_rows: int, segments: Sequence[Segment]) -> Iterator[_Piece]:
+    """Every segment, and the rows between segments, cut every ``MAX_CHUNK_ROWS`` rows from its own start."""
+    spans: list[_Piece] = []
+    row = 0
+    for segment in segments:
+        spans += [_Piece(row, segment.start, None), _Piece(segment.start, segment.stop, segment)]
+        row = segment.stop
+    spans.append(_Piece(row, num_rows, None))
+    for span in spans:
+        for start in range(span.start, span.stop, MAX_CHUNK_ROWS):
+            yield _Piece(start, min(start + MAX_CHUNK_ROWS, span.stop), span.segment)
+
+
+def _score_chunk(
+    decoder: Decoder,
+    x_TD: Tensor,
+    pieces: list[_Piece],
+    targets: Targets,
+    loss_gradient: LossGradient | None,
+    scores: Scores,
+) -> None:
+    start, stop = pieces[0].start, pieces[-1].stop
+    x_ND = x_TD[start:stop]
+    segments = [replace(p.segment, start=p.start - start, stop=p.stop - start) for p in pieces if p.segment is not None]
+    first, last = np.searchsorted(targets.rows_M, (start, stop))
+    rows_M = torch.as_tensor(targets.rows_M[first:last] - start, device=x_TD.device)
+    tokens_M = torch.as_tensor(targets.tokens_M[first:last], device=x_TD.device)
+
+    logits_NV = exact_logits(decoder, x_ND, segments, rows_M, tokens_M)
+    target_logits_M = logits_NV[rows_M, tokens_M]
+    probs_NV, lse_N = softmax(logits_NV)
+    logprobs_M = scores.logprobs_M[first:last]
+    torch.sub(target_logits_M, lse_N[rows_M], out=logprobs_M)
+    if scores.top_tokens_TK is not None and scores.top_logprobs_TK is not None:
+        top = logits_NV.topk(scores.top_tokens_TK.shape[1], dim=-1)
+        scores.top_tokens_TK[start:stop] = top.indices
+        scores.top_logprobs_TK[start:stop] = top.values - lse_N[:, None]
+    if loss_gradient is None or scores.dhidden_TD is None:
+        return
+    dlogprobs_M = torch.zeros_like(logprobs_M)
+    for piece in pieces:
+        lo, hi = np.searchsorted(targets.rows_M, (piece.start, piece.stop))
+        gradient_M = loss_gradient(int(lo), int(hi), scores.logprobs_M[lo:hi])
+        if gradient_M is not None:
+            dlogprobs_M[lo - first : hi - first] = gradient_M
+    _backward(decoder, x_ND, segments, probs_NV, (rows_M, tokens_M, dlogprobs_M), scores.dhidden_TD[start:stop])
+
+
+def exact_logits(
+    decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
+) -> Tensor:
+    """Logits ``[N, V]`` in float32. Those of the pairs (``rows_M``, ``tokens_M``) and the largest of each row are exact,
+    the others as precise as the compute dtype."""
+    logits_NV = decoder.logits(x_ND, segments).float()
+    if decoder.dtype == torch.float32:
+        return logits_NV
+    all_N = torch.arange(len(x_ND), device=x_ND.device)
+    for rows, tokens in ((all_N, logits_NV.argmax(dim=-1)), (rows_M, tokens_M)):
+        logits_NV[rows, tokens] = _dot_products(decoder, x_ND.float(), segments, rows, tokens)
+    return logits_NV
+
+
+def _dot_products(
+    decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
+) -> Tensor:
+    logits_M = torch.linalg.vecdot(x_ND[rows_M], decoder.head_VD[tokens_M].float())
+    for part in lora_rows(segments, LM_HEAD, torch.float32):
+        h_Nr = (x_ND[part.start : part.stop] @ part.group.A_RK.t()) * part.scale
+        mine = (rows_M >= part.start) & (rows_M < part.stop)
+        logits_M[mine] += torch.linalg.vecdot(h_Nr[rows_M[mine] - part.start], part.group.Bs_Nr[0][tokens_M[mine]])
+    return logits_M
+
+
+def softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities ``[N, V]`` and the log of the sum of exponentials ``[N]``, which costs nothing beside them."""
+    probs_NV = torch.softmax(logits_NV, dim=-1)
+    # A row's largest probability is exp(max - lse), and never so small that its logarithm is imprecise.
+    lse_N = logits_NV.amax(dim=-1) - probs_NV.amax(dim=-1).log()
+    return probs_NV, lse_N
+
+
+def _backward(
+    decoder: Decoder,
+    x_ND: Tensor,
+    segments: Sequence[Segment],
+    probs_NV: Tensor,
+    pairs: tuple[Tensor, Tensor, Tensor],
+    dhidden_ND: Tensor,
+) -> None:
+    """dloss/dlogits of a row is the sum over its pairs of ``g * (onehot(target) - probs)``; only rows with a nonzero
+    ``g`` are computed."""
+    rows_M, tokens_M, dlogprobs_M = pairs
+    is_active_N = torch.zeros(len(x_ND), dtype=torch.bool, device=x_ND.device)
+    is_active_N[rows_M[dlogprobs_M != 0]] = True
+    active_A = is_active_N.nonzero().squeeze(1)
+    if len(active_A) == 0:
+        return
+    total_N = torch.zeros(len(x_ND), device=x_ND.device).index_add_(0, rows_M, dlogprobs_M)
+    dlogits_AV = probs_NV[active_A].mul_(-total_N[active_A, None])
+    place_N = is_active_N.cumsum(0) - 1
+    paired_M = is_active_N[rows_M]
+    dlogits_AV.index_put_((place_N[rows_M[paired_M]], tokens_M[paired_M]), dlogprobs_M[paired_M], accumulate=True)
+    dlogits_AV = dlogits_AV.to(decoder.dtype)
+
+    x_AD = x_ND[active_A]
+    bounds = [(int(is_active_N[: s.start].sum()), int(is_active_N[: s.stop].sum()), s) for s in segments]
+    active_segments = [replace(s, start=start, stop=stop) for start, stop, s in bounds if stop > start]
+    rows = lora_rows(active_segments, LM_HEAD, decoder.dtype)
+    dx_AD = base_product(dlogits_AV, decoder.head_VD.t())
+    scaled = [(x_AD[p.start : p.stop] @ p.group.A_RK.t()).mul_(p.scale) for p in rows]
+    lora_backward(dlogits_AV, x_AD, dx_AD, rows, scaled)
+    dhidden_ND[active_A] = dx_AD

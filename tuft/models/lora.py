@@ -1,0 +1,245 @@
+"""LoRA adapters: one flat float32 buffer each, and views into it, so that an optimizer step is one pass over one array.
+
+Linears that share their input form a *group* (q, k, v; gate, up): their A matrices lie one below the other, so one
+product serves all of them. Shape letters: ``P`` an adapter's padded number of parameters, ``R`` rank times linears of a
+group, ``r`` rank, ``K`` in_features, ``N`` out_features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuft.errors import InvalidInput, ModelError
+from tuft.types import AdapterState, Float32Array, LoraSpec
+
+PEFT_PREFIX = "base_model.model."
+LM_HEAD = "lm_head"
+
+_GROUPS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_ATTENTION_GROUPS = frozenset({"qkv", "o"})
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """One group's matrices: ``A_RK`` of all its linears, and one ``B_Nr`` for each."""
+
+    A_RK: Tensor
+    Bs_Nr: tuple[Tensor, ...]
+
+
+LoraViews = Mapping[str, LoraGroup]
+"""Keyed as ``group_key`` names them, ``lm_head`` included; a group that the spec does not train is absent."""
+
+
+def group_key(layer: int, group: str) -> str:
+    return f"{layer}.{group}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """Where one LoRA matrix lies in the flat buffer, and what PEFT calls it."""
+
+    peft_name: str
+    start: int
+    shape: tuple[int, int]
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupLayout:
+    key: str
+    As: tuple[_Matrix, ...]
+    Bs: tuple[_Matrix, ...]
+
+
+class LoraLayout:
+    """Where every matrix of an adapter lies in its flat buffer."""
+
+    def __init__(self, linear_shapes: Mapping[str, tuple[int, int]], spec: LoraSpec) -> None:
+        self.num_parameters = 0
+        self.groups: list[_GroupLayout] = []
+        num_layers = sum(name.endswith(_GROUPS["qkv"][0]) for name in linear_shapes)
+        for layer in range(num_layers):
+            for group, linears in _GROUPS.items():
+                if spec.train_attn if group in _ATTENTION_GROUPS else spec.train_mlp:
+                    names = [f"model.layers.{layer}.{linear}" for linear in linears]
+                    self._place(group_key(layer, group), names, linear_shapes, spec.rank)
+        if spec.train_unembed:
+            self._place(LM_HEAD, [LM_HEAD], linear_shapes, spec.rank)
+        if not self.groups:
+            raise InvalidInput("lora_config", spec, "must train at least one of attention, MLP and unembedding")
+
+    def _place(self, key: str, names: list[str], shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+        As = tuple(self._matrix(f"{name}.lora_A", (rank, shapes[name][1])) for name in names)
+        Bs = tuple(self._matrix(f"{name}.lora_B", (shapes[name][0], rank)) for name in names)
+        self.groups.append(_GroupLayout(key, As, Bs))
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> _Matrix:
+        matrix = _Matrix(f"{PEFT_PREFIX}{name}.weight", self.num_parameters, shape)
+        self.num_parameters = matrix.stop
+        return matrix
+
+    @property
+    def matrices(self) -> list[_Matrix]:
+        return [matrix for group in self.groups for matrix in (*group.As, *group.Bs)]
+
+    def views(self, flat_P: Tensor) -> LoraViews:
+        """The matrices within ``flat_P``, which shares their memory."""
+        views = {}
+        for group in self.groups:
+            first, last = group.As[0], group.As[-1]
+            A_RK = flat_P[first.start : last.stop].view(-1, first.shape[1])
+            views[group.key] = LoraGroup(A_RK, tuple(_view(flat_P, B) for B in group.Bs))
+        return views
+
+    def export(self, flat_P: Tensor) -> dict[str, Float32Array]:
+        host_P: Float32Array = flat_P.cpu().numpy()
+        return {m.peft_name: host_P[m.start : m.stop].reshape(m.shape).copy() for m in self.matrices}
+
+    def fill(self, flat_P: Tensor, arrays: Mapping[str, Float32Array], field: str) -> None:
+        """Copy ``arrays``, keyed as PEFT names them, into ``flat_P``. Raises InvalidInput naming field and tensor."""
+        matrices = {matrix.peft_name: matrix for matrix in self.matrices}
+        for name in arrays.keys() ^ matrices.keys():
+            allowed = "this adapter needs it" if name in matrices else "this adapter has no such tensor"
+            raise InvalidInput(f"{field}[{name}]", "present" if name in arrays else "missing", allowed)
+        for name, matrix in matrices.items():
+            array = np.asarray(arrays[name])
+            if array.shape != matrix.shape:
+                raise InvalidInput(f"{field}[{name}].shape", array.shape, f"must be {matrix.shape}")
+            if not np.isfinite(array).all():
+                raise InvalidInput(f"{field}[{name}]", "NaN or infinity", "must be finite")
+            flat_P[matrix.start : matrix.stop].copy_(torch.tensor(array, dtype=torch.float32).flatten())
+
+
+def _view(flat_P: Tensor, matrix: _Matrix) -> Tensor:
+    return flat_P[matrix.start : matrix.stop].view(matrix.shape)
+
+
+@lru_cache(maxsize=256)
+def _layout(linear_shapes: tuple[tuple[str, tuple[int, int]], ...], spec: LoraSpec) -> LoraLayout:
+    return LoraLayout(dict(linear_shapes), spec)
+
+
+class Adapter:
+    """One adapter's tensors on a device.
+
+    ``params_P`` is the float32 master copy; ``gradients_P``, ``exp_avg_P`` and ``exp_avg_sq_P`` exist only if
+    ``trainable``. Whoever writes to ``params_P`` calls ``mark_updated`` afterwards.
+    """
+
+    def __init__(
+        self,
+        linear_shapes: Mapping[str, tuple[int, int]],
+        spec: LoraSpec,
+        device: torch.device,
+        trainable: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.trainable = trainable
+        self.step = 0
+        self.layout = _layout(tuple(linear_shapes.items()), spec)
+        self.params_P = torch.zeros(self.layout.num_parameters, device=device)
+        if trainable:
+            self.gradients_P = torch.zeros_like(self.params_P)
+            self.exp_avg_P = torch.zeros_like(self.params_P)
+            self.exp_avg_sq_P = torch.zeros_like(self.params_P)
+        self._views: dict[torch.dtype, LoraViews] = {}
+
+    @classmethod
+    def initialised(
+        cls, linear_shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, device: torch.device
+    ) -> Adapter:
+        """A new trainable adapter: B zero, A uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as PEFT
+        does), drawn on the CPU from ``spec.seed`` alone: the same on every device and beside any neighbours."""
+        adapter = cls(linear_shapes, spec, device)
+        generator = torch.Generator()
+        if spec.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(spec.seed)
+        for group in adapter.layout.groups:
+            for matrix in group.As:
+                bound = 1 / math.sqrt(matrix.shape[1])
+                drawn_rK = torch.empty(matrix.shape).uniform_(-bound, bound, generator=generator)
+                _view(adapter.params_P, matrix).copy_(drawn_rK)
+        return adapter
+
+    @classmethod
+    def from_state(
+        cls,
+        linear_shapes: Mapping[str, tuple[int, int]],
+        state: AdapterState,
+        device: torch.device,
+        trainable: bool,
+    ) -> Adapter:
+        """Raises InvalidInput that names the tensor that is missing, unknown, of a wrong shape or not finite."""
+        adapter = cls(linear_shapes, state.spec, device, trainable)
+        adapter.layout.fill(adapter.params_P, state.weights, "weights")
+        if trainable:
+            adapter.step = state.step
+            for field, flat_P, arrays in (
+                ("exp_avg", adapter.exp_avg_P, state.exp_avg),
+                ("exp_avg_sq", adapter.exp_avg_sq_P, state.exp_avg_sq),
+                ("gradients", adapter.gradients_P, state.gradients),
+            ):
+                if arrays:
+                    adapter.layout.fill(flat_P, arrays, field)
+        return adapter
+
+    def frozen_copy(self) -> Adapter:
+        """The present weights, for sampling."""
+        copy = Adapter.__new__(Adapter)
+        copy.spec, copy.layout, copy.step, copy.trainable = self.spec, self.layout, self.step, False
+        copy.params_P, copy._views = self.params_P.clone(), {}
+        return copy
+
+    def state(self, with_optimizer: bool) -> AdapterState:
+        """Copies on the host, float32. Raises ModelError if the optimizer is asked of frozen weights."""
+        weights = self.layout.export(self.params_P)
+        if not with_optimizer:
+            return AdapterState(self.spec, weights, step=self.step)
+        if not self.trainable:
+            raise ModelError("frozen sampler weights have no optimizer state")
+        return AdapterState(
+            self.spec,
+            weights,
+            exp_avg=self.layout.export(self.exp_avg_P),
+            exp_avg_sq=self.layout.export(self.exp_avg_sq_P),
+            gradients=self.layout.export(self.gradients_P),
+            step=self.step,
+        )
+
+    def views(self, dtype: torch.dtype) -> LoraViews:
+        """The matrices in ``dtype``: the master copy itself for float32, else a copy kept until ``mark_updated``."""
+        if dtype not in self._views:
+            self._views[dtype] = self.layout.views(self.params_P.to(dtype))
+        return self._views[dtype]
+
+    def mark_updated(self) -> None:
+        self._views = {dtype: views for dtype, views in self._views.items() if dtype == torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive rows ``start:stop`` of a packed batch that use ``adapter``; rows outside every segment use the base
+    model alone. ``gradients``: views of the float32 buffer that the adapter's gradients are added to, if wanted."""
+
+    adapter: Adapter
+    start: int
+    stop: int
+    gradients: LoraViews | None = None

@@ -1,0 +1,123 @@
+"""Results that clients come back for. Held in memory: each is kept until it was read, and a while longer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Literal
+
+import structlog
+
+from tuft.errors import Gone, QuotaExceeded, ServerError, TuftError
+from tuft.records import Tenant
+from tuft.types import Failure, FutureResult
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """The future is not settled yet; ``reason`` is shown to the user by the SDK."""
+
+    state: Literal["active", "paused_capacity", "paused_rate_limit"] = "active"
+    reason: str | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    tenant_id: str
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    result: FutureResult | Failure | None = None
+    forget_at_s: float | None = None
+
+
+class Futures:
+    """Futures of all tenants. Times in seconds of the monotonic clock."""
+
+    def __init__(self, *, read_retention_s: float, unread_retention_s: float, max_pending_per_tenant: int) -> None:
+        self._read_retention_s = read_retention_s
+        self._unread_retention_s = unread_retention_s
+        self._max_pending_per_tenant = max_pending_per_tenant
+        self._entries: dict[str, _Entry] = {}
+        self._pending: Counter[str] = Counter()
+        self._closing = asyncio.Event()
+
+    @property
+    def num_pending(self) -> int:
+        return self._pending.total()
+
+    def create(self, tenant_id: str) -> str:
+        """A new pending future's id. Raises QuotaExceeded when the tenant has too many pending."""
+        if self._pending[tenant_id] >= self._max_pending_per_tenant:
+            raise QuotaExceeded(
+                f"{self._pending[tenant_id]} operations of yours are waiting; "
+                f"limits.max_pending_per_tenant is {self._max_pending_per_tenant}: read some results first"
+            )
+        future_id = f"future-{token_hex(16)}"
+        self._entries[future_id] = _Entry(tenant_id)
+        self._pending[tenant_id] += 1
+        return future_id
+
+    def settle(self, future_id: str, result: FutureResult | Failure) -> None:
+        """Give the future its result and wake who waits for it. A future settles once."""
+        entry = self._entries[future_id]
+        assert entry.result is None, f"{future_id} settles twice"
+        entry.result = result
+        entry.forget_at_s = time.monotonic() + self._unread_retention_s
+        self._pending[entry.tenant_id] -= 1
+        entry.settled.set()
+
+    async def wait(self, tenant: Tenant, future_id: str, hold_s: float) -> FutureResult | Failure | Pending:
+        """The result, or Pending after ``hold_s`` seconds. Raises Gone for an id that is unknown, another tenant's,
+        or no longer kept."""
+        entry = self._entries.get(future_id)
+        if entry is None or entry.tenant_id != tenant.tenant_id:
+            raise Gone(f"request_id: {future_id!r} is unknown here, or its result is no longer kept")
+        if entry.result is None:
+            waits = [asyncio.ensure_future(event.wait()) for event in (entry.settled, self._closing)]
+            try:
+                await asyncio.wait(waits, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        if entry.result is None:
+            return Pending()
+        entry.forget_at_s = time.monotonic() + self._read_retention_s
+        return entry.result
+
+    def known(self, future_id: str) -> bool:
+        return future_id in self._entries
+
+    def sweep(self) -> None:
+        """Forget results that were read, or that nobody reads, long enough ago."""
+        now_s = time.monotonic()
+        expired = [
+            future_id
+            for future_id, entry in self._entries.items()
+            if entry.forget_at_s is not None and entry.forget_at_s <= now_s
+        ]
+        for future_id in expired:
+            del self._entries[future_id]
+
+    def release_waiters(self) -> None:
+        """Answer every held poll now: the server is going down."""
+        self._closing.set()
+
+
+async def outcome(work: Awaitable[FutureResult]) -> FutureResult | Failure:
+    """What ``work`` ends with; its errors become a Failure, so that a future always settles."""
+    try:
+        return await work
+    except TuftError as error:
+        return failure(error)
+    except Exception as error:  # the boundary: a bug fails this one operation, never the loop
+        log.exception("internal error")
+        return failure(ServerError(f"internal error: {type(error).__name__}: {error}"))
+
+
+def failure(error: TuftError) -> Failure:
+    return Failure(str(error), "user" if error.category == "user" else "server")

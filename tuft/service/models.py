@@ -1,0 +1,30 @@
+"""The base models this server has, by name or alias, as the engine reports them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tuft.engine.base import Engine
+from tuft.errors import InvalidInput, ModelError
+from tuft.types import BaseModelInfo
+
+
+class BaseModels:
+    """Empty until the engine can compute."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def all(self) -> Sequence[BaseModelInfo]:
+        return self._engine.base_models
+
+    def require(self, name: str, field: str = "base_model") -> BaseModelInfo:
+        """The model of that name or alias. Raises InvalidInput that lists what there is, ModelError if not ready."""
+        if not self.all:
+            raise ModelError("the base model is still loading; try again in a few seconds")
+        for model in self.all:
+            if name == model.name or name in model.aliases:
+                return model
+        names = ", ".join(repr(model.name) for model in self.all)
+        raise InvalidInput(field, name, f"this server has {names}")
