@@ -8,9 +8,10 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
 
@@ -24,6 +25,7 @@ from tuft.service.services import Services
 from tuft.service.tenants import DEFAULT_TENANT, Tenants
 from tuft.store.catalog import Catalog
 from tuft.store.db import open_database, sqlite_url
+from tuft.types import BaseModelInfo
 
 
 def prepare_home(home: Path) -> None:
@@ -93,12 +95,18 @@ def ensure_first_key(config: Config, tenants: Tenants) -> tuple[str | None, bool
     return key, True
 
 
-def serve(config: Config, on_event: Callable[[str, dict[str, object]], None]) -> None:
-    """Run the server until SIGTERM or SIGINT. ``on_event(name, facts)`` is told ``listening`` (url, key, key_is_new,
-    models), ``ready`` (models) and ``stopping``.
+class Audience(Protocol):
+    """Who is told how the server is doing: the terminal."""
 
-    Raises ConfigError, ModelError or StorageError if it cannot start.
-    """
+    def listening(self, url: str, key: str | None, key_is_new: bool) -> None: ...
+
+    def ready(self, models: Sequence[BaseModelInfo]) -> None: ...
+
+    def stopping(self) -> None: ...
+
+
+def serve(config: Config, audience: Audience) -> None:
+    """Run the server until SIGTERM or SIGINT. Raises ConfigError, ModelError or StorageError if it cannot start."""
     prepare_home(config.home)
     with _locked(config.home):
         listener = _listen(config)
@@ -106,7 +114,7 @@ def serve(config: Config, on_event: Callable[[str, dict[str, object]], None]) ->
         catalog = open_catalog(config)
         engine = start_engine(config)
         try:
-            asyncio.run(_serve(config, catalog, engine, listener, on_event))
+            asyncio.run(_serve(config, catalog, engine, listener, audience))
         finally:
             engine.close()
             catalog.close()
@@ -118,7 +126,7 @@ async def _serve(
     catalog: Catalog,
     engine: EngineProcess,
     listener: socket.socket,
-    on_event: Callable[[str, dict[str, object]], None],
+    audience: Audience,
 ) -> None:
     services = Services(config, catalog, engine)
     await services.start()
@@ -134,14 +142,14 @@ async def _serve(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
     try:
-        on_event("listening", {"url": url, "key": key, "key_is_new": key_is_new})
+        audience.listening(url, key, key_is_new)
         loading = asyncio.create_task(asyncio.to_thread(engine.wait_ready))
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()  # raises what the engine could not load
-            on_event("ready", {"models": list(services.base_models)})
+            audience.ready(services.base_models)
             await stopping
-        on_event("stopping", {})
+        audience.stopping()
     finally:
         stopping.cancel()
         await services.stop()

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from tuft import __version__
 from tuft.config import Config, load_config
 from tuft.errors import TuftError
+from tuft.types import BaseModelInfo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,23 +77,7 @@ def launch(
     _log_to_stderr(logging.INFO if verbose else logging.WARNING)
     from tuft.app import serve
 
-    started_s = time.monotonic()
-
-    def show(event: str, facts: dict[str, object]) -> None:
-        if event == "listening":
-            _show_how_to_connect(options, **facts)
-            out.print("[dim]loading the base model ...[/]")
-        elif event == "ready":
-            for model in facts["models"]:  # type: ignore[attr-defined]
-                size = f"{model.num_parameters / 1e6:,.0f} M parameters"
-                out.print(
-                    f"[green]●[/] {model.name}  [dim]{size}, {model.precision}, {model.max_context_tokens} tokens[/]"
-                )
-            out.print(f"[bold green]ready[/] after {time.monotonic() - started_s:.1f} s; Ctrl-C stops the server")
-        else:
-            out.print("stopping: queued work ends first ...")
-
-    serve(options, show)
+    serve(options, _Terminal(options))
     out.print("stopped")
 
 
@@ -107,7 +93,7 @@ def key_create(
 
     catalog = open_catalog(load_config(config, home=home))
     try:
-        print(Tenants(catalog).create_key(tenant))  # noqa: T201 - bare, so that KEY=$(tuft key create ...) works
+        print(Tenants(catalog).create_key(tenant))  # bare, so that KEY=$(tuft key create ...) works
     finally:
         catalog.close()
 
@@ -153,26 +139,40 @@ def _toml(value: object) -> str:
     return _escaped(json.dumps(value, default=str))
 
 
-def _show_how_to_connect(options: Config, url: str, key: str | None, key_is_new: bool) -> None:
-    if key is None:
-        shown = "tml-..."
-        out.print("[dim]`tuft key create --tenant NAME` prints a key[/]")
-    else:
-        shown = key
-        origin = f"made now, kept in {options.home / 'api_key'}" if key_is_new else "as before"
-        if options.api_key is not None:
-            shown, origin = "tml-...", "the one in TUFT_API_KEY"
-    out.print(f"TuFT {__version__}")
-    out.print(f"  base URL  [bold]{url}[/]")
-    if key is not None:
-        out.print(f"  API key   [bold]{_escaped(shown)}[/]  [dim]({origin})[/]")
-    out.print("  try it in Python:\n")
-    print(
-        "import tinker\n"
-        f'client = tinker.ServiceClient(base_url="{url}", api_key="{shown}")\n'
-        "print(client.get_server_capabilities().supported_models)\n",
-        flush=True,
-    )
+class _Terminal:
+    """Tells the person who launched the server how it is doing, and how to connect."""
+
+    def __init__(self, options: Config) -> None:
+        self._options = options
+        self._started_s = time.monotonic()
+
+    def listening(self, url: str, key: str | None, key_is_new: bool) -> None:
+        out.print(f"TuFT {__version__}")
+        out.print(f"  base URL  [bold]{url}[/]")
+        if self._options.api_key is not None:
+            key = None
+            out.print("  API key   the one in TUFT_API_KEY")
+        elif key is None:
+            out.print("  API key   [dim]`tuft key create --tenant NAME` prints one[/]")
+        else:
+            origin = f"{'made now, kept' if key_is_new else 'kept'} in {self._options.home / 'api_key'}"
+            out.print(f"  API key   [bold]{_escaped(key)}[/]  [dim]({_escaped(origin)})[/]")
+        out.print("  try it in Python:\n")
+        print(
+            "import tinker\n"
+            f'client = tinker.ServiceClient(base_url="{url}", api_key="{key or "tml-..."}")\n'
+            "print(client.get_server_capabilities().supported_models)\n"
+        )
+        out.print("[dim]loading the base model ...[/]")
+
+    def ready(self, models: Sequence[BaseModelInfo]) -> None:
+        for model in models:
+            facts = f"{model.num_parameters / 1e6:,.0f} M parameters, {model.precision}"
+            out.print(f"[green]●[/] {model.name}  [dim]{facts}, context {model.max_context_tokens} tokens[/]")
+        out.print(f"[bold green]ready[/] after {time.monotonic() - self._started_s:.1f} s; Ctrl-C stops the server")
+
+    def stopping(self) -> None:
+        out.print("stopping: queued work ends first ...")
 
 
 def _escaped(text: str) -> str:

@@ -19,7 +19,7 @@ def optim_step(adapter: Adapter, params: AdamParams) -> OptimStepResult:
 
     As ``torch.optim.AdamW``: decoupled weight decay, bias correction, eps added outside the square root; the gradients
     are clipped before as ``torch.nn.utils.clip_grad_norm_`` does. Without any gradients it is a step with zeros.
-    Raises UserError if the gradients are not finite: weights, moments and gradients stay as they were.
+    Raises UserError if the gradients are not finite: they are discarded, weights and moments stay as they were.
     """
     for option in dataclasses.fields(params):
         value = getattr(params, option.name)
@@ -30,7 +30,8 @@ def optim_step(adapter: Adapter, params: AdamParams) -> OptimStepResult:
             raise InvalidInput(f"adam_params.{name}", beta, "must be below 1")
     grad_norm = float(torch.linalg.vector_norm(adapter.gradients_P))
     if not math.isfinite(grad_norm):
-        raise UserError(f"gradients: global norm is {grad_norm}; must be finite. The weights were not changed")
+        adapter.gradients_P.zero_()  # kept, they would fail every later step too
+        raise UserError(f"gradients: global norm is {grad_norm}; must be finite. They were discarded, no step was taken")
     if params.grad_clip_norm > 0:
         adapter.gradients_P.mul_(min(1.0, params.grad_clip_norm / (grad_norm + _CLIP_EPS)))
     torch._fused_adamw_(

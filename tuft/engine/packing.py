@@ -7,7 +7,7 @@ Shape letters: ``T`` packed rows of a micro-batch, ``M`` target tokens of a micr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,15 +44,15 @@ def cut(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int, int]]:
     return cuts
 
 
-def plan(operations: Sequence[RunLoss], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of at most ``max_tokens`` each, short operations first so that they end early.
+def plan(operations: Mapping[int, RunLoss], max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of at most ``max_tokens`` each, short operations (index to operation) first so that they end early.
 
     Operations of one adapter keep their order: the key is what the adapter has asked for up to and including the
     operation. Forward and forward_backward are never mixed; a forward pass keeps nothing for a backward.
     """
     asked: defaultdict[str, int] = defaultdict(int)
     keys = []
-    for index, operation in enumerate(operations):
+    for index, operation in operations.items():
         asked[operation.adapter_id] += operation.num_tokens
         keys.append((operation.backward, asked[operation.adapter_id], index))
     batches: list[MicroBatch] = []

@@ -150,9 +150,10 @@ class DecoderConfig:
 
     def rope_inv_freq(self) -> Float32Array:
         """Inverse frequencies [d / 2], scaled; angles are position times these, cos and sin are then multiplied by
-        ``rope_scaling.attention_factor``. In float32 and in transformers' order of operations: bit-equal to it."""
+        ``rope_scaling.attention_factor``. float32 in transformers' order of operations, powers correctly rounded:
+        within a unit or two in the last place of what models were trained with."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        pos_freqs: Float32Array = np.power(np.float32(self.rope_theta), exponents)
+        pos_freqs: Float32Array = np.power(self.rope_theta, exponents.astype(np.float64)).astype(np.float32)
         inv_freq: Float32Array = np.float32(1) / pos_freqs
         scaling = self.rope_scaling
         if scaling is None:

@@ -20,17 +20,18 @@ from torch import Tensor
 
 from tuft.models.lora import LoraGroup, Segment
 
-_MIN_FLOAT32_ROWS = 8
-"""MKL computes fewer rows with other kernels; from 8 on a row's result does not depend on how many there are."""
+_MIN_FLOAT32_ROWS = 12
+"""MKL computes fewer rows with other kernels; from 12 on a row's result does not depend on how many there are."""
 
 
 def base_product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x_TK @ weight_NK.T + bias_N``; each row's result is bit-equal in whatever batch the row stands."""
-    num_rows = x_TK.shape[0]
-    if num_rows < _MIN_FLOAT32_ROWS and x_TK.dtype == torch.float32:
-        padded = F.pad(x_TK, (0, 0, 0, _MIN_FLOAT32_ROWS - num_rows))
-        return F.linear(padded, weight_NK, bias_N)[:num_rows]
-    return F.linear(x_TK, weight_NK, bias_N)
+    return F.linear(_padded(x_TK), weight_NK, bias_N)[: x_TK.shape[0]]
+
+
+def _padded(x_TK: Tensor) -> Tensor:
+    missing = _MIN_FLOAT32_ROWS - x_TK.shape[0]
+    return F.pad(x_TK, (0, 0, 0, missing)) if missing > 0 and x_TK.dtype == torch.float32 else x_TK
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,14 @@ def add_lora(y_TN: Tensor, x_TK: Tensor, rows: Sequence[LoraRows]) -> list[Tenso
     """Add every adapter's product to its rows of ``y_TN``, in place; returns ``scale * x @ A.T``, ``[t, R]`` each."""
     scaled = []
     for part in rows:
-        h_tR = (x_TK[part.start : part.stop] @ part.group.A_RK.t()).mul_(part.scale)
+        h_tR = base_product(x_TK[part.start : part.stop], part.group.A_RK).mul_(part.scale)
         column = 0
         for h_tr, B_Nr in zip(h_tR.chunk(len(part.group.Bs_Nr), dim=1), part.group.Bs_Nr, strict=True):
-            y_TN[part.start : part.stop, column : column + B_Nr.shape[0]].addmm_(h_tr, B_Nr.t())
+            y_tN = y_TN[part.start : part.stop, column : column + B_Nr.shape[0]]
+            padded_tN = _padded(y_tN)
+            padded_tN.addmm_(_padded(h_tr), B_Nr.t())
+            if padded_tN is not y_tN:
+                y_tN.copy_(padded_tN[: y_tN.shape[0]])
             column += B_Nr.shape[0]
         scaled.append(h_tR)
     return scaled

@@ -155,7 +155,7 @@ class GgufFile:
             self._read_header(_Cursor(self._data))
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (struct.error, KeyError, ValueError, OverflowError, MemoryError) as error:
+        except (struct.error, KeyError, ValueError, ArithmeticError, MemoryError) as error:
             raise ModelError(f"{path}: damaged GGUF header: {error}") from error
 
     def _read_header(self, cursor: _Cursor) -> None:
@@ -181,9 +181,14 @@ class GgufFile:
             raise ModelError(f"{self.path}: metadata {key!r} is missing")
         return self.metadata[key]
 
+    def _entry(self, name: str) -> _TensorEntry:
+        if name not in self._entries:
+            raise ModelError(f"{self.path}: tensor {name!r} is missing")
+        return self._entries[name]
+
     def tensor(self, name: str) -> Float32Array:
         """One tensor under its GGUF name, dequantized: a fresh float32 array. ModelError if its encoding is unknown."""
-        entry = self._entries[name]
+        entry = self._entry(name)
         encoding = _ENCODINGS.get(entry.type_id)
         if encoding is None:
             known = ", ".join(f"{encoding.name} ({type_id})" for type_id, encoding in _ENCODINGS.items())
@@ -222,7 +227,7 @@ class GgufFile:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self._entries["token_embd.weight"].shape[0],
+            "vocab_size": self._entry("token_embd.weight").shape[0],
             "hidden_size": hidden_size,
             "intermediate_size": self.required("llama.feed_forward_length"),
             "num_hidden_layers": self.required("llama.block_count"),

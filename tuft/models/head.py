@@ -150,16 +150,17 @@ def exact_logits(
         return logits_NV
     all_N = torch.arange(len(x_ND), device=x_ND.device)
     for rows, tokens in ((all_N, logits_NV.argmax(dim=-1)), (rows_M, tokens_M)):
-        logits_NV[rows, tokens] = _dot_products(decoder, x_ND.float(), segments, rows, tokens)
+        logits_NV[rows, tokens] = dot_products(decoder, x_ND.float(), segments, rows, tokens)
     return logits_NV
 
 
-def _dot_products(
+def dot_products(
     decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
 ) -> Tensor:
+    """The exact logits ``[M]`` of the pairs, float32, from ``x_ND`` in float32."""
     logits_M = torch.linalg.vecdot(x_ND[rows_M], decoder.head_VD[tokens_M].float())
     for part in lora_rows(segments, LM_HEAD, torch.float32):
-        h_Nr = (x_ND[part.start : part.stop] @ part.group.A_RK.t()) * part.scale
+        h_Nr = base_product(x_ND[part.start : part.stop], part.group.A_RK) * part.scale
         mine = (rows_M >= part.start) & (rows_M < part.stop)
         logits_M[mine] += torch.linalg.vecdot(h_Nr[rows_M[mine] - part.start], part.group.Bs_Nr[0][tokens_M[mine]])
     return logits_M

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ _COPIED_FILES = (
     "config.json",
     "generation_config.json",
 )
-_STAMP = "tuft-source.json"
+_STAMP = ".made-from"
 _GGUF_CONTROL_TOKEN = 3  # value of tokenizer.ggml.token_type for tokens such as <|im_end|>
 
 
@@ -75,10 +76,11 @@ def load_tokenizer(tokenizer_dir: Path) -> Tokenizer:
 
 
 def _stamp(source: Path) -> str:
-    """Identifies what tokenizer files are made of: source files with size and time, and our own version."""
+    """Identifies what tokenizer files are made of: source files with size and time, and our own version; hashed,
+    since the directory is public and paths of this machine are not."""
     files = [source] if source.is_file() else [source / name for name in _COPIED_FILES]
     stats = {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()}
-    return json.dumps({"tuft": tuft.__version__, "files": stats}, indent=1)
+    return hashlib.sha256(json.dumps([tuft.__version__, stats]).encode()).hexdigest()
 
 
 def _replace_directory(target: Path, fresh: Path) -> None:

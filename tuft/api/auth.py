@@ -1,0 +1,28 @@
+"""Who calls: every route takes its tenant from the API key here, or is on the short list of public ones."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from tuft.records import Tenant
+from tuft.service.services import Services
+
+
+def services_of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def tenant_of(request: Request) -> Tenant:
+    """The tenant of ``X-API-Key``, or of ``Authorization: Bearer``. Raises Unauthorized."""
+    key = request.headers.get("x-api-key")
+    if key is None:
+        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+        key = credentials.strip() if scheme.lower() == "bearer" else None
+    return services_of(request).tenants.authenticate(key)
+
+
+Served = Annotated[Services, Depends(services_of)]
+Caller = Annotated[Tenant, Depends(tenant_of)]

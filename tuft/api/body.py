@@ -1,0 +1,125 @@
+"""Request bodies: read within a limit, decompressed within the same limit, parsed into models that forgive unknown fields
+and name what is wrong with known ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import pydantic_core
+import zstandard
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tuft.errors import InvalidInput, TooLarge
+
+CONTROL_BODY_BYTES = 2**20
+"""Enough for every body that carries neither training data nor a prompt."""
+_OFF_LOOP_BYTES = 2**20
+_PREFIX_BYTES = 2**16
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound="Fields")
+
+
+class Fields(BaseModel):
+    """Base of the JSON bodies. Unknown fields are ignored, so that a newer SDK does not break us; a field that is left
+    out has the SDK's own default, since old SDKs leave defaults out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+async def read_body(request: Request, limit_bytes: int = CONTROL_BODY_BYTES) -> bytes:
+    """The whole body, decompressed. Raises TooLarge over ``limit_bytes``, before or after zstd."""
+    content, oversize = await read_bounded(request, limit_bytes)
+    if oversize is not None:
+        raise oversize
+    return content
+
+
+async def read_bounded(request: Request, limit_bytes: int) -> tuple[bytes, TooLarge | None]:
+    """The body, or what fits of its beginning together with the error."""
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        if num_bytes <= limit_bytes:  # the rest is read and dropped: a sender who is cut off never sees our answer
+            parts.append(part)
+    content = b"".join(parts)
+    oversize = _too_large(limit_bytes, "") if num_bytes > limit_bytes else None
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding == "zstd":
+        content, bomb = await off_loop(len(content), _decompress, content, limit_bytes, oversize is not None)
+        return content, oversize or bomb
+    if encoding != "identity":
+        raise InvalidInput("Content-Encoding", encoding, "must be zstd or absent")
+    return content, oversize
+
+
+async def off_loop(num_bytes: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Do ``work`` on ``num_bytes`` of input: in a thread if that is much, so that other requests are served meanwhile."""
+    if num_bytes > _OFF_LOOP_BYTES:
+        return await asyncio.to_thread(work, *args, **kwargs)
+    return work(*args, **kwargs)
+
+
+def load_json(content: bytes) -> Mapping[str, Any]:
+    """A JSON object; an empty body is an empty one. Raises InvalidInput."""
+    try:
+        fields = pydantic_core.from_json(content or b"{}")
+    except ValueError as error:
+        raise InvalidInput("body", _shown(content), f"must be JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidInput("body", _shown(content), "must be a JSON object")
+    return fields
+
+
+def parse(model: type[M], content: bytes) -> M:
+    """``content`` as ``model``; strings are not taken for numbers. Raises InvalidInput for the first field that is
+    wrong."""
+    try:
+        return model.model_validate_json(content or b"{}", strict=True)
+    except ValidationError as error:
+        raise invalid_input(error.errors(include_url=False)[0]) from error
+
+
+def invalid_input(problem: Mapping[str, Any]) -> InvalidInput:
+    """One of pydantic's problems in the words of ours."""
+    field = ".".join(str(part) for part in problem["loc"]) or "body"
+    if problem["type"] == "missing":
+        return InvalidInput(field, None, "is required")
+    value = problem["input"]
+    if problem["type"] == "json_invalid":
+        value = _shown(value if isinstance(value, bytes) else str(value).encode())
+    message = str(problem["msg"]).replace("Input should be", "must be").replace("Invalid JSON", "must be JSON")
+    return InvalidInput(field, value, message)
+
+
+def texts(metadata: Mapping[str, Any] | None) -> dict[str, str]:
+    """User metadata as the API shows it: values that are no texts become their JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+
+
+def _shown(content: bytes) -> str:
+    return content[:60].decode(errors="replace")
+
+
+def _too_large(limit_bytes: int, when: str) -> TooLarge:
+    return TooLarge(f"body: it has more than {limit_bytes} bytes{when}; send less at once")
+
+
+def _decompress(content: bytes, limit_bytes: int, cut_off: bool) -> tuple[bytes, TooLarge | None]:
+    """One zstd frame that declares its size, as the SDK sends it; of a larger or ``cut_off`` one, the beginning."""
+    try:
+        num_bytes = zstandard.get_frame_parameters(content).content_size
+        if num_bytes == zstandard.CONTENTSIZE_UNKNOWN:
+            raise InvalidInput("body", "a zstd frame of unknown size", "the frame must declare its content size")
+        if cut_off or num_bytes > limit_bytes:
+            with zstandard.ZstdDecompressor().stream_reader(content) as reader:
+                return reader.read(min(_PREFIX_BYTES, num_bytes)), _too_large(limit_bytes, " when decompressed")
+        return zstandard.ZstdDecompressor().decompress(content), None
+    except zstandard.ZstdError as error:
+        raise InvalidInput("body", f"{len(content)} bytes", f"must be one zstd frame: {error}") from error

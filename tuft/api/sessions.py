@@ -1,0 +1,108 @@
+"""How a client begins and ends: its configuration, its session, what this server can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from tuft.api.auth import Caller, Served
+from tuft.api.body import Fields, parse, read_body, texts
+from tuft.errors import ModelError
+
+router = APIRouter(tags=["sessions"])
+
+CLIENT_CONFIG = {
+    "pjwt_auth_enabled": False,
+    "credential_default_source": "api_key",
+    "parallel_fwdbwd_chunks": True,
+    "proto_write_fwdbwd": True,
+    "proto_compress_fwdbwd": True,
+    "sample_use_retrieve_futures": False,
+    "sample_join_sampling_session": False,
+    "custom_loss_server_side": False,
+}
+"""What the SDK may use of this server. Custom losses run in the client."""
+DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "sample_cancel_max_batch_size": 64}
+
+
+class CreateSession(Fields):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = "unknown"
+    display_name: str | None = None
+    project_id: str | None = None
+
+
+class Heartbeat(Fields):
+    session_id: str
+
+
+class FinishReason(Fields):
+    type: str
+
+
+class Finish(Fields):
+    reason: FinishReason
+    detail: str | None = None
+
+
+@router.post("/client/config")
+async def client_config(_: Caller) -> dict[str, Any]:
+    """The first call of every client since 0.18, which does without nothing."""
+    return CLIENT_CONFIG
+
+
+@router.post("/client/dynamic_config")
+async def dynamic_config(_: Caller) -> dict[str, Any]:
+    return DYNAMIC_CONFIG
+
+
+@router.get("/get_server_capabilities")
+async def get_server_capabilities(_: Caller, services: Served) -> dict[str, Any]:
+    """Not before the models can compute: the SDK tries again on 503, so that a client may start before the server is
+    ready."""
+    if not services.base_models:
+        raise ModelError("the base models are still loading; try again in a few seconds")
+    models = [
+        {
+            "model_name": name,
+            "max_context_length": model.max_context_tokens,
+            "trainable": True,
+            "sampleable": True,
+        }
+        for model in services.base_models
+        for name in (model.name, *model.aliases)
+    ]
+    return {"supported_models": models}
+
+
+@router.post("/create_session")
+async def create_session(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+    body = parse(CreateSession, await read_body(request))
+    session = services.sessions.create(
+        tenant, tuple(body.tags), texts(body.user_metadata), body.sdk_version, body.display_name
+    )
+    answer: dict[str, Any] = {"type": "create_session", "session_id": session.session_id}
+    if body.project_id is not None:
+        answer["warning_message"] = "this server has no projects: project_id has no effect"
+    return answer
+
+
+@router.post("/session_heartbeat")
+async def session_heartbeat(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+    services.sessions.heartbeat(tenant, parse(Heartbeat, await read_body(request)).session_id)
+    return {"type": "session_heartbeat"}
+
+
+@router.post("/sessions/{session_id}/finish")
+async def finish_session(session_id: str, request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+    body = parse(Finish, await read_body(request))
+    services.sessions.finish(tenant, session_id, body.reason.type, body.detail)
+    return {}
+
+
+@router.post("/telemetry")
+async def telemetry(_: Caller) -> dict[str, Any]:
+    """Accepted, since clients wait for the answer, and not kept: nothing here needs it."""
+    return {"status": "accepted"}
