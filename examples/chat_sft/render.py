@@ -56,7 +56,13 @@ def render_chat(tokenizer: Any, messages: Sequence[Message]) -> RenderedChat:
         prompt = template_tokens(tokenizer, messages[:turn], add_generation_prompt=True)
         spoken = template_tokens(tokenizer, messages[: turn + 1])
         _require_prefix(tokenizer, prompt, spoken, turn, "the answer does not continue the generation prompt")
-        _require_prefix(tokenizer, spoken, tokens, turn, "later messages change how this turn is written")
+        _require_prefix(
+            tokenizer,
+            spoken,
+            tokens,
+            turn,
+            "later messages change how this turn is written (split such chats, one answer each)",
+        )
         stop = _end_of_turn(tokenizer, spoken, len(prompt), turn)
         weights[len(prompt) : stop] = [1.0] * (stop - len(prompt))
     return RenderedChat(tokens, weights)
@@ -90,8 +96,7 @@ def _require_prefix(tokenizer: Any, prefix: list[int], tokens: list[int], turn: 
     raise TemplateError(
         f"the chat template of {_name(tokenizer)} cannot be masked exactly: messages[{turn}]: {problem}; "
         f"at token {same} expected {tokenizer.decode(prefix[same : same + 8])!r}, "
-        f"found {tokenizer.decode(tokens[same : same + 8])!r}. Train one assistant turn a conversation, "
-        "or use a template that only ever appends."
+        f"found {tokenizer.decode(tokens[same : same + 8])!r}"
     )
 
 

@@ -194,9 +194,9 @@ def _only_forwards(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     target = call.func
     same_object = (
         isinstance(target, ast.Name)
-        or isinstance(target, ast.Attribute)
+        or (isinstance(target, ast.Attribute)
         and isinstance(target.value, ast.Name)
-        and target.value.id == "self"
+        and target.value.id == "self")
     )
     return passed == own and same_object and not (isinstance(target, ast.Name) and target.id[0].isupper())
 

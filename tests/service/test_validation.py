@@ -89,7 +89,13 @@ def test_an_adapter_without_layers_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"learning_rate": float("nan")}, {"learning_rate": -1.0}, {"beta1": 1.0}, {"eps": -1e-9}, {"grad_clip_norm": -1.0}],
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": -1.0},
+        {"beta1": 1.0},
+        {"eps": -1e-9},
+        {"grad_clip_norm": -1.0},
+    ],
 )
 def test_bad_optimizer_parameters_are_named(change: dict[str, float]) -> None:
     (name,) = change

@@ -1,5 +1,5 @@
-"""Request bodies: read within a limit, decompressed within the same limit, parsed into models that forgive unknown fields
-and name what is wrong with known ones."""
+"""Request bodies: read within a limit, decompressed within the same limit, parsed into models that forgive unknown
+fields and name what is wrong with known ones."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def read_bounded(request: Request, limit_bytes: int) -> tuple[bytes, TooLa
 
 
 async def off_loop(num_bytes: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Do ``work`` on ``num_bytes`` of input: in a thread if that is much, so that other requests are served meanwhile."""
+    """Do ``work`` on ``num_bytes`` of input: in a thread if that is much, so that others are served meanwhile."""
     if num_bytes > _OFF_LOOP_BYTES:
         return await asyncio.to_thread(work, *args, **kwargs)
     return work(*args, **kwargs)

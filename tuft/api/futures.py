@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse
 from tuft.api import results
 from tuft.api.auth import Caller, Served
 from tuft.api.body import Fields, off_loop, parse, read_body
-from tuft.api.training import PROTOBUF
 from tuft.service.futures import Pending
 from tuft.types import Failure, LossResult, SampleResult
 
@@ -31,8 +30,8 @@ async def retrieve_future(request: Request, tenant: Caller, services: Served) ->
     if isinstance(settled, Failure):
         return JSONResponse({"error": settled.message, "category": settled.category})
     num_bytes = _size_bytes(settled) if isinstance(settled, LossResult | SampleResult) else 0
-    if isinstance(settled, LossResult | SampleResult) and PROTOBUF in request.headers.get("accept", ""):
-        return Response(await off_loop(num_bytes, results.encode_proto, settled), media_type=PROTOBUF)
+    if isinstance(settled, LossResult | SampleResult) and results.PROTOBUF in request.headers.get("accept", ""):
+        return Response(await off_loop(num_bytes, results.encode_proto, settled), media_type=results.PROTOBUF)
     return Response(await off_loop(num_bytes, results.encode_json, settled), media_type="application/json")
 
 

@@ -60,9 +60,7 @@ async def delete_checkpoint(run_id: str, kind: str, name: str, tenant: Caller, s
 
 
 @router.get("/checkpoints")
-async def list_checkpoints(
-    tenant: Caller, services: Served, limit: Limit = 100, offset: Offset = 0
-) -> dict[str, Any]:
+async def list_checkpoints(tenant: Caller, services: Served, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
     checkpoints, total_count = services.checkpoints.list(tenant, None, limit, offset)
     return {
         "checkpoints": [_checkpoint(checkpoint) for checkpoint in checkpoints],

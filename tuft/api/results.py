@@ -29,6 +29,7 @@ from tuft.types import (
     WeightsSaved,
 )
 
+PROTOBUF = "application/x-protobuf"
 OUTPUT_TYPE = "ArrayRecord"
 """What the SDK calls the type of a loss's outputs."""
 EMPTY_LOGPROB = -99999.0

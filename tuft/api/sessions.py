@@ -27,7 +27,7 @@ DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "
 
 
 class CreateSession(Fields):
-    tags: list[str] = []
+    tags: tuple[str, ...] = ()
     user_metadata: dict[str, Any] | None = None
     sdk_version: str = "unknown"
     display_name: str | None = None
@@ -81,7 +81,7 @@ async def get_server_capabilities(_: Caller, services: Served) -> dict[str, Any]
 async def create_session(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
     body = parse(CreateSession, await read_body(request))
     session = services.sessions.create(
-        tenant, tuple(body.tags), texts(body.user_metadata), body.sdk_version, body.display_name
+        tenant, body.tags, texts(body.user_metadata), body.sdk_version, body.display_name
     )
     answer: dict[str, Any] = {"type": "create_session", "session_id": session.session_id}
     if body.project_id is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -12,15 +12,14 @@ from pydantic import Field
 from tuft.api import wire
 from tuft.api.auth import Caller, Served
 from tuft.api.body import Fields, load_json, off_loop, parse, read_body, read_bounded, texts
+from tuft.api.results import PROTOBUF
 from tuft.api.wire import MAX_SEQ_ID, NOT_SUPPORTED, LossRequest
-from tuft.errors import InvalidInput, TooLarge, UserError
+from tuft.errors import InvalidInput, TooLarge
 from tuft.records import Tenant
 from tuft.service.services import Services
 from tuft.types import AdamParams, LoraSpec
 
 router = APIRouter(tags=["training"])
-
-PROTOBUF = "application/x-protobuf"
 
 
 class OptimizerConfig(Fields):
@@ -73,6 +72,9 @@ class LoadWeights(Fields):
     optimizer: bool = False
     optimizer_config: OptimizerConfig | None = None
     weights_access_token: str | None = None
+
+
+L = TypeVar("L", bound=LoadWeights)
 
 
 class CreateFromWeights(LoadWeights):
@@ -221,9 +223,7 @@ async def _loss_in_json(
     envelope = await off_loop(len(content), parse, Envelope, content)
 
     def decode() -> LossRequest:
-        return wire.decode_loss_request_json(
-            load_json(content).get(field), limit_bytes, backward=backward, field=field
-        )
+        return wire.decode_loss_request_json(load_json(content).get(field), limit_bytes, backward=backward, field=field)
 
     try:
         loss = await off_loop(len(content), decode)
@@ -240,9 +240,7 @@ def _submit_loss(services: Services, tenant: Tenant, run_id: str, seq_id: int, l
     )
 
 
-def _submit(
-    services: Services, tenant: Tenant, content: bytes, submit: Callable[[str, int], str]
-) -> dict[str, Any]:
+def _submit(services: Services, tenant: Tenant, content: bytes, submit: Callable[[str, int], str]) -> dict[str, Any]:
     """``submit(run_id, seq_id)`` decodes the payload and queues it; if the payload is wrong, its seq is consumed by a
     future that says so."""
     envelope = parse(Envelope, content)
@@ -257,7 +255,7 @@ def _accepted(run_id: str, request_id: str) -> dict[str, Any]:
     return {"request_id": request_id, "model_id": run_id}
 
 
-def _loadable[L: LoadWeights](body: L) -> L:
+def _loadable(body: L) -> L:
     _refuse_other_optimizers(body.optimizer_config, "optimizer_config")
     if body.weights_access_token is not None:
         raise InvalidInput("weights_access_token", "a token", f"{NOT_SUPPORTED}; load your own checkpoints")

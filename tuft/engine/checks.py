@@ -57,7 +57,7 @@ def _check_datum(where: str, datum: Datum, loss: Loss, config: DecoderConfig) ->
 def _check_tokens(where: str, tokens: npt.NDArray[np.generic], vocab_size: int) -> None:
     if tokens.dtype.kind not in "iu":
         raise InvalidInput(f"{where}.dtype", str(tokens.dtype), "must be integers")
-    outside = (tokens < 0) | (tokens >= vocab_size)
+    outside = np.less(tokens, 0) | np.greater_equal(tokens, vocab_size)
     if outside.any():
         place, value = _first(tokens, outside)
         raise InvalidInput(f"{where}{place}", value, f"must be a token id, 0 to {vocab_size - 1}")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuft.models.architecture import DecoderConfig
+from tuft.models.functions import MIN_FLOAT32_ROWS
 
 BLOCK_TOKENS = 16
 """Positions a cache grows by: 64 bytes of float32, one cache line."""
@@ -126,11 +127,11 @@ class DecodeSpan:
 
 
 def _shared_product(x_GSgm: Tensor, shared_Gmn: Tensor) -> Tensor:
-    """Every sequence's rows times one matrix a key/value head. At least 8 rows: with fewer, float32 products use other
-    kernels, and a sequence's bits would depend on how many there are."""
+    """Every sequence's rows times one matrix a key/value head. Padded: with few rows float32 products use other kernels,
+    and a sequence's bits would depend on how many there are."""
     G, num_sequences, g, _ = x_GSgm.shape
     rows = num_sequences * g
-    x_GRm = F.pad(x_GSgm.flatten(1, 2), (0, 0, 0, max(0, 8 - rows)))
+    x_GRm = F.pad(x_GSgm.flatten(1, 2), (0, 0, 0, max(0, MIN_FLOAT32_ROWS - rows)))
     return torch.bmm(x_GRm, shared_Gmn)[:, :rows].unflatten(1, (num_sequences, g))
 
 

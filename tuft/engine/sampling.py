@@ -7,7 +7,7 @@ Shape letters: ``N`` rows, ``M`` some of the rows, ``V`` vocabulary, ``B`` block
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tuft.errors import InvalidInput
+from tuft.models.head import softmax
 from tuft.types import SamplingParams
 
 _UINT64 = 2**64 - 1
@@ -42,46 +43,57 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
 
 
-def draw_tokens(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
+def draw_tokens(
+    logits_NV: Tensor, draws: Sequence[Draw], exact_logits: Callable[[Tensor], Tensor] | None = None
+) -> tuple[list[int], list[float]]:
     """One token a row and its logprob under the temperature-scaled distribution over the whole vocabulary.
 
-    ``logits_NV`` is float32. A row whose logits are not numbers gets some token and the logprob NaN.
+    ``logits_NV`` is float32. ``exact_logits`` computes again the logits of the tokens drawn, one a row, where
+    ``logits_NV`` are rounded. A row whose logits are not numbers gets some token and the logprob NaN.
     """
-    temperatures = [draw.temperature or 1.0 for draw in draws]
-    logprobs_NV = torch.log_softmax(logits_NV / logits_NV.new_tensor(temperatures)[:, None], dim=-1)
-    tokens_N = logprobs_NV.argmax(dim=-1)
+    temperatures_N = logits_NV.new_tensor([draw.temperature or 1.0 for draw in draws])
+    scaled_NV = logits_NV / temperatures_N[:, None]
+    probs_NV, lse_N = softmax(scaled_NV)
+    tokens_N = _choose(scaled_NV, probs_NV, draws)
+    chosen_N = scaled_NV.gather(1, tokens_N[:, None])[:, 0]
+    if exact_logits is not None:
+        rounded_N, chosen_N = chosen_N, exact_logits(tokens_N) / temperatures_N
+        lse_N += torch.log1p(torch.exp(chosen_N - lse_N) - torch.exp(rounded_N - lse_N))
+    return tokens_N.tolist(), (chosen_N - lse_N).tolist()
+
+
+def _choose(scaled_NV: Tensor, probs_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    tokens_N = scaled_NV.argmax(dim=-1)
     plain = [n for n, draw in enumerate(draws) if draw.temperature > 0 and not _is_truncated(draw)]
     if plain:
-        rows_M = torch.tensor(plain, device=logits_NV.device)
-        uniforms_M = torch.tensor([draws[n].uniform for n in plain], dtype=torch.float64, device=logits_NV.device)
-        tokens_N[rows_M] = _inverse_cdf(logprobs_NV[rows_M].exp(), uniforms_M)
+        rows_M = torch.tensor(plain, device=probs_NV.device)
+        uniforms_M = torch.tensor([draws[n].uniform for n in plain], dtype=torch.float64, device=probs_NV.device)
+        tokens_N[rows_M] = _inverse_cdf(probs_NV[rows_M], uniforms_M)
     for n, draw in enumerate(draws):
         if draw.temperature > 0 and _is_truncated(draw):
-            ids_K, probs_K = _candidates(logprobs_NV[n], draw.top_k, draw.top_p)
-            chosen = _inverse_cdf(probs_K[None], probs_K.new_tensor([draw.uniform], dtype=torch.float64))
-            tokens_N[n] = ids_K[chosen[0]]
-    chosen_N = logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
-    return tokens_N.tolist(), chosen_N.tolist()
+            ids_K, probs_K = _candidates(probs_NV[n], draw.top_k, draw.top_p)
+            uniforms_1 = torch.tensor([draw.uniform], dtype=torch.float64, device=probs_NV.device)
+            tokens_N[n] = ids_K[_inverse_cdf(probs_K[None], uniforms_1)[0]]
+    return tokens_N
 
 
 def _is_truncated(draw: Draw) -> bool:
     return draw.top_k > 0 or draw.top_p < 1.0
 
 
-def _candidates(logprobs_V: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _candidates(probs_V: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """The tokens that top-k and then top-p (of what top-k left) keep, likeliest first, and their probabilities."""
-    vocab_size = logprobs_V.shape[0]
-    count = min(top_k if top_k > 0 else _FIRST_CANDIDATES, vocab_size)
-    values_K, ids_K = logprobs_V.topk(count)
-    if top_p < 1.0:
-        mass_K = values_K.double().exp().cumsum(0)
-        if top_k <= 0 and count < vocab_size and float(mass_K[-1]) < top_p:
-            values_K, ids_K = logprobs_V.sort(descending=True, stable=True)
-            mass_K = values_K.double().exp().cumsum(0)
-        total = mass_K[-1] if top_k > 0 else torch.ones_like(mass_K[-1])
-        kept = 1 + int((mass_K < top_p * total).sum())  # the token that crosses top_p is kept
-        values_K, ids_K = values_K[:kept], ids_K[:kept]
-    return ids_K, values_K.exp()
+    vocab_size = probs_V.shape[0]
+    probs_K, ids_K = probs_V.topk(min(top_k if top_k > 0 else _FIRST_CANDIDATES, vocab_size))
+    if top_p == 1.0:
+        return ids_K, probs_K
+    mass_K = probs_K.double().cumsum(0)
+    if top_k <= 0 and float(mass_K[-1]) < top_p and len(ids_K) < vocab_size:
+        probs_K, ids_K = probs_V.sort(descending=True, stable=True)
+        mass_K = probs_K.double().cumsum(0)
+    total = float(mass_K[-1]) if top_k > 0 else 1.0
+    kept = 1 + int((mass_K < top_p * total).sum())  # the token that crosses top_p is kept
+    return ids_K[:kept], probs_K[:kept]
 
 
 def _inverse_cdf(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:

@@ -88,8 +88,7 @@ class _Pending:
             values_M = np.concatenate(pieces)
             metrics[name] = float((np.mean if name.endswith(":mean") else np.sum)(values_M, dtype=np.float64))
         logprobs = tuple(
-            logprobs_M[start:stop].reshape(shape)
-            for (start, stop), shape in zip(pairwise(bounds), shapes, strict=True)
+            logprobs_M[start:stop].reshape(shape) for (start, stop), shape in zip(pairwise(bounds), shapes, strict=True)
         )
         return LossResult(logprobs, metrics)
 
@@ -149,7 +148,9 @@ class Trainer:
         if adapter is None:
             raise NotFound(f"adapter_id: got {operation.adapter_id!r}; no such adapter is loaded")
         if operation.backward and not adapter.trainable:
-            raise InvalidInput("adapter_id", operation.adapter_id, "must be trainable; these are frozen sampler weights")
+            raise InvalidInput(
+                "adapter_id", operation.adapter_id, "must be trainable; these are frozen sampler weights"
+            )
         check_operation(operation, self.decoder.config)
         return _Pending(operation, adapter)
 

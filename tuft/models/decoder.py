@@ -117,7 +117,7 @@ class Decoder:
         ``backward`` adds to the gradient buffers of the segments."""
         config = self.config
         cos_T1d, sin_T1h = self._cos_Cd[positions_T].unsqueeze(1), self._sin_Ch[positions_T].unsqueeze(1)
-        x_TD = F.embedding(tokens_T, self.embed_VD)
+        x_TD: Tensor = F.embedding(tokens_T, self.embed_VD)
         if torch.is_grad_enabled():
             x_TD.requires_grad_()  # nothing else does: the weights are frozen, LoRA gradients go their own way
         residual_TD, x_TD = AddRmsNorm.apply(None, x_TD, self._layers[0].attention_norm_D, config.rms_norm_eps)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tuft.models.lora import LoraGroup, Segment
 
-_MIN_FLOAT32_ROWS = 12
+MIN_FLOAT32_ROWS = 12
 """MKL computes fewer rows with other kernels; from 12 on a row's result does not depend on how many there are."""
 
 
@@ -30,7 +30,7 @@ def base_product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) 
 
 
 def _padded(x_TK: Tensor) -> Tensor:
-    missing = _MIN_FLOAT32_ROWS - x_TK.shape[0]
+    missing = MIN_FLOAT32_ROWS - x_TK.shape[0]
     return F.pad(x_TK, (0, 0, 0, missing)) if missing > 0 and x_TK.dtype == torch.float32 else x_TK
 
 
@@ -91,16 +91,14 @@ class LoraLinear(torch.autograd.Function):
     """``y = x @ W.T + bias`` for all rows, plus each segment's low-rank product."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, rows: Sequence[LoraRows]
-    ) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, rows: Sequence[LoraRows]) -> Tensor:
         y_TN = base_product(x_TK, weight_NK, bias_N)
         ctx.rows = rows
         ctx.save_for_backward(x_TK, weight_NK, *add_lora(y_TN, x_TK, rows))
         return y_TN
 
     @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, weight_NK, *scaled = ctx.saved_tensors
         dx_TK = base_product(dy_TN, weight_NK.t())
         lora_backward(dy_TN, x_TK, dx_TK, ctx.rows, scaled)
@@ -131,7 +129,7 @@ class AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, dresidual_TD: Tensor | None, dnormed_TD: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         residual_TD, rstd_T1, weight_D = ctx.saved_tensors
         assert dnormed_TD is not None  # every layer reads its normed input
         dscaled_TD = dnormed_TD * weight_D
@@ -160,7 +158,7 @@ class HeadRmsNorm(torch.autograd.Function):
         return out_TN
 
     @staticmethod
-    def backward(ctx: Any, dout_TN: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout_TN: Tensor) -> tuple[Tensor, None, None]:
         qkv_TN, rstd, weight_qkd = ctx.saved_tensors
         num_heads, head_dim = weight_qkd.shape
         split = num_heads * head_dim
@@ -199,9 +197,7 @@ class RotaryHeads(torch.autograd.Function):
         return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :].clone()
 
     @staticmethod
-    def backward(
-        ctx: Any, dq_THd: Tensor, dk_TGd: Tensor, dv_TGd: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dq_THd: Tensor, dk_TGd: Tensor, dv_TGd: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos_T1d, sin_T1h = ctx.saved_tensors
         num_rows, num_heads, head_dim = dq_THd.shape
         num_kv_heads = dk_TGd.shape[1]
@@ -222,7 +218,7 @@ class SwiGlu(torch.autograd.Function):
         return F.silu(gate_TI).mul_(up_TI)
 
     @staticmethod
-    def backward(ctx: Any, dout_TI: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dout_TI: Tensor) -> Tensor:
         (gate_up_TN,) = ctx.saved_tensors
         gate_TI, up_TI = gate_up_TN.chunk(2, dim=1)
         dgate_up_TN = torch.empty_like(gate_up_TN)

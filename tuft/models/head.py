@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tuft.models.decoder import Decoder
-from tuft.models.functions import add_lora, base_product, lora_backward, lora_rows
+from tuft.models.functions import base_product, lora_backward, lora_rows
 from tuft.models.lora import LM_HEAD, Segment
 from tuft.types import Int64Array
 
@@ -143,8 +143,8 @@ def _score_chunk(
 def exact_logits(
     decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
 ) -> Tensor:
-    """Logits ``[N, V]`` in float32. Those of the pairs (``rows_M``, ``tokens_M``) and the largest of each row are exact,
-    the others as precise as the compute dtype."""
+    """Logits ``[N, V]`` in float32. Those of the pairs (``rows_M``, ``tokens_M``) and the largest of each row are exact;
+    the others are as precise as the compute dtype."""
     logits_NV = decoder.logits(x_ND, segments).float()
     if decoder.dtype == torch.float32:
         return logits_NV
@@ -158,7 +158,7 @@ def dot_products(
     decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
 ) -> Tensor:
     """The exact logits ``[M]`` of the pairs, float32, from ``x_ND`` in float32."""
-    logits_M = torch.linalg.vecdot(x_ND[rows_M], decoder.head_VD[tokens_M].float())
+    logits_M: Tensor = torch.linalg.vecdot(x_ND[rows_M], decoder.head_VD[tokens_M].float())
     for part in lora_rows(segments, LM_HEAD, torch.float32):
         h_Nr = base_product(x_ND[part.start : part.stop], part.group.A_RK) * part.scale
         mine = (rows_M >= part.start) & (rows_M < part.stop)

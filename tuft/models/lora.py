@@ -161,9 +161,7 @@ class Adapter:
         self._views: dict[torch.dtype, LoraViews] = {}
 
     @classmethod
-    def initialised(
-        cls, linear_shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, device: torch.device
-    ) -> Adapter:
+    def initialised(cls, linear_shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, device: torch.device) -> Adapter:
         """A new trainable adapter: B zero, A uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as PEFT
         does), drawn on the CPU from ``spec.seed`` alone: the same on every device and beside any neighbours."""
         adapter = cls(linear_shapes, spec, device)

@@ -24,7 +24,7 @@ class _TakeRows(torch.autograd.Function):
         return x.index_select(0, order_T)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         _, inverse_T = ctx.saved_tensors
         return dout.index_select(0, inverse_T), None, None
 
@@ -47,7 +47,7 @@ class PackedAttention:
             order_T = np.concatenate([np.arange(starts_S[s], starts_S[s] + lengths_S[s]) for s in by_length_S])
             self._order = (torch.as_tensor(order_T, device=device), torch.as_tensor(np.argsort(order_T), device=device))
 
-    def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:  # noqa: ARG002
         """Rotated queries and keys in, contexts ``[T, H, d]`` out."""
         if self._order is not None:
             order_T, inverse_T = self._order

@@ -1,0 +1,122 @@
+"""What tests share: tiny real models, and real servers in processes of their own that are always ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.models.tiny import make_tiny_model
+
+TUFT = Path(sys.executable).with_name("tuft")
+TINY_MODEL = "tiny/qwen3"
+
+
+@dataclass
+class LiveServer:
+    """A `tuft launch` that answers. ``key`` belongs to the tenant 'default'."""
+
+    url: str
+    key: str
+    home: Path
+    process: subprocess.Popen[str]
+    log: Path
+
+    def create_key(self, tenant: str) -> str:
+        command = [TUFT, "key", "create", "--tenant", tenant, "--home", str(self.home)]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+    def stop(self) -> int:
+        """SIGTERM, as an operator would; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+
+Launch = Callable[..., LiveServer]
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """``launch(home=..., config=..., env=...)``: a server on a free port, ready to compute."""
+    servers: list[LiveServer] = []
+
+    def start(home: Path | None = None, config: str | None = None, env: dict[str, str] | None = None) -> LiveServer:
+        home = home or tmp_path_factory.mktemp("home")
+        command = [str(TUFT), "launch", "--port", "0", "--home", str(home), "--verbose"]
+        if config is not None:
+            file = home / "tuft.toml"
+            file.write_text(config)
+            command += ["--config", str(file)]
+        log = home / "server.log"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TUFT_")}
+        with log.open("w") as opened:
+            process = subprocess.Popen(
+                command, stdout=opened, stderr=subprocess.STDOUT, text=True, env={**environment, **(env or {})}
+            )
+        url = _wait_until_ready(process, log)
+        key_file = home / "api_key"
+        key = key_file.read_text().strip() if key_file.exists() else (env or {}).get("TUFT_API_KEY", "")
+        servers.append(LiveServer(url, key, home, process, log))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> str:
+    deadline = time.monotonic() + 60
+    url = None
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        if url is None and (found := re.search(r"base URL\s+(http://\S+)", log.read_text())):
+            url = found.group(1)
+        if url is not None:
+            try:
+                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                    return url
+            except httpx.TransportError:
+                pass
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"the server did not get ready:\n{log.read_text()}")
+
+
+def tiny_config(directory: Path, extra: str = "") -> str:
+    """A configuration with one tiny model, computed in float32."""
+    return f'''{extra}
+[[base_models]]
+name = "{TINY_MODEL}"
+path = "{directory}"
+aliases = ["tiny"]
+precision = "float32"
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny random Qwen3 model with a real tokenizer."""
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_server(launch: Launch, tiny_model: Path) -> LiveServer:
+    """One server on the tiny model for all tests that leave it as they found it."""
+    return launch(config=tiny_config(tiny_model))
+
+
+@pytest.fixture(scope="session")
+def embedded_server(launch: Launch) -> LiveServer:
+    """One server on the embedded SmolLM2-135M-Instruct, with every default."""
+    return launch()
