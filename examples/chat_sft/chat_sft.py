@@ -2,8 +2,8 @@
 
     python examples/chat_sft/chat_sft.py --base-url http://localhost:10610        (key: --api-key or TINKER_API_KEY)
 
-Writes into --out: metrics.jsonl, curves.png, answers.md, run.json, and the adapter's files where the server exports
-them. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C (what was trained until then is saved).
+Writes into --out: metrics.jsonl, curves.png, answers.md, and run.json with the tinker:// paths of the saved adapter.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C (what was trained until then is saved).
 The guide is docs/guides/chat-sft.md.
 """
 
@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -192,21 +191,6 @@ def save(client: tinker.TrainingClient, name: str) -> dict[str, str]:
     return {"state": state.result().path, "sampler": sampler.result().path}
 
 
-def download_adapter(client: tinker.TrainingClient, rest: tinker.RestClient, out: Path) -> list[Path]:
-    """The adapter in PEFT's format (adapter_config.json, adapter_model.safetensors) as local files.
-
-    Raises tinker.APIStatusError where the server has no export.
-    """
-    exported = client.save_weights_external("export").result()
-    files = []
-    for name, url in rest.get_external_weights_urls(exported.path).result().urls.items():
-        target = out / Path(name).name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        urllib.request.urlretrieve(url, target)
-        files.append(target)
-    return files
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,11 +249,6 @@ def run(settings: Settings, service: tinker.ServiceClient) -> int:
     after = ask(tuned_sampler, tokenizer, prompts, settings.answer_tokens)
     show_answers(console, prompts, before, after, settings.out / "answers.md")
     summarize(settings, history, paths)
-    try:
-        files = download_adapter(client, service.create_rest_client(), settings.out / "adapter")
-        console.print("Adapter    " + ", ".join(str(file) for file in files), soft_wrap=True)
-    except tinker.APIStatusError as error:
-        console.print(f"Adapter    stays on the server (it exports no files: HTTP {error.status_code})")
     return 0
 
 

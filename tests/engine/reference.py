@@ -99,6 +99,7 @@ class PeftReference:
         config = LoraConfig(r=spec.rank, lora_alpha=int(LORA_ALPHA), target_modules=targets, bias="none")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie.*")  # the head is tied to the embedding; only LoRA trains
+            warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads what transformers deprecates
             self.model = get_peft_model(base, config)
         self.parameters = {
             name.replace(".default.weight", ".weight"): parameter

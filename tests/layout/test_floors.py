@@ -1,4 +1,4 @@
-"""The laws of the house: which floor may see which, and what each may import. Read from the source, never by running it."""
+"""The laws of the house: which floor may see which, and what each may import. Read from the source."""
 
 from __future__ import annotations
 
@@ -25,19 +25,17 @@ MAY_SEE = {
 """Floor to the floors below that it may import; the ground is everyone's. cli, app and embedded see all."""
 
 SQL = {"sqlalchemy", "alembic", "sqlite3", "psycopg"}
-HTTP = {"fastapi", "starlette", "uvicorn"}
-PROTOBUF = {"google"}
 ONLY_IN = {
     "torch": {"models", "engine"},
-    **dict.fromkeys(SQL, {"store"}),
-    **dict.fromkeys(PROTOBUF, {"api"}),
+    **{name: {"store"} for name in SQL},
+    "google": {"api"},
     "fastapi": {"api"},
     "starlette": {"api"},
     "uvicorn": {"app"},
     "tinker": set(),
     "transformers": set(),
     "peft": set(),
-    "pickle": set(),
+    "pickle": {"engine"},
 }
 FORBIDDEN_NAME_PARTS = ("Manager", "Controller", "Handler", "Helper", "utils")
 

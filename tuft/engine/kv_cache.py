@@ -6,8 +6,9 @@ they live in one cache and are one batched product. The prompt they share is sto
 Products are in float32 whatever the cache's dtype, and their shapes are padded to whole blocks: a matrix of a batched
 product is then the same shape at the same alignment however many sequences there are, and gives the same bits.
 
-Shape letters: ``S`` sequences of a cache, ``H`` query heads, ``G`` key/value heads, ``g`` query heads of one key/value head,
-``d`` head dimension, ``L`` positions, ``C`` capacity in positions, ``T`` tokens of a step.
+Shape letters: ``S`` sequences of a cache, ``H`` query heads, ``G`` key-value heads, ``g`` query heads of one key-value
+head, ``d`` channels of a head, ``L`` positions, ``T`` rows of a step, ``R`` rows of a shared product, ``m`` and ``n``
+its inner and outer size.
 """
 
 from __future__ import annotations
@@ -127,12 +128,13 @@ class DecodeSpan:
 
 
 def _shared_product(x_GSgm: Tensor, shared_Gmn: Tensor) -> Tensor:
-    """Every sequence's rows times one matrix a key/value head. Padded: with few rows float32 products use other kernels,
-    and a sequence's bits would depend on how many there are."""
-    G, num_sequences, g, _ = x_GSgm.shape
+    """Every sequence's rows times one matrix a key-value head. Padded: with few rows float32 products use other
+    kernels, and a sequence's bits would depend on how many there are."""
+    num_sequences, g = x_GSgm.shape[1:3]
     rows = num_sequences * g
     x_GRm = F.pad(x_GSgm.flatten(1, 2), (0, 0, 0, max(0, MIN_FLOAT32_ROWS - rows)))
-    return torch.bmm(x_GRm, shared_Gmn)[:, :rows].unflatten(1, (num_sequences, g))
+    out_GRn = torch.bmm(x_GRm, shared_Gmn)
+    return out_GRn[:, :rows].view(-1, num_sequences, g, out_GRn.shape[2])
 
 
 class StepAttention:

@@ -17,7 +17,7 @@ _EMPTY_LOGPROB = -99999.0
 
 
 class PromptScores:
-    """Fills up as chunks of the prompt are computed. Row 0 of every array is empty: nothing precedes the first token."""
+    """Fills up as chunks of the prompt are computed. Row 0 of every array is empty: nothing precedes the first."""
 
     def __init__(self, prompt_tokens: tuple[int, ...], num_alternatives: int) -> None:
         self._tokens_P: Int64Array = np.asarray(prompt_tokens, dtype=np.int64)

@@ -4,8 +4,8 @@ A request waits in a first-come queue until the cache has room for what it may g
 chunks; its samples then decode together as a *cohort*. Each step is one pass over whatever there is: the next chunk of
 some prompts and one token of every decoding sequence, sorted by adapter.
 
-What a sequence gets does not depend on its neighbours: attention is per cohort, products are row by row, prompts are cut
-at fixed places, and a seeded draw is a function of (seed, sample index, position).
+What a sequence gets does not depend on its neighbours: attention is per cohort, products are row by row, prompts are
+cut at fixed places, and a seeded draw is a function of (seed, sample index, position).
 
 Shape letters: ``T`` rows of a step, ``D`` residual channels, ``U`` rows whose next token is drawn,
 ``N`` draws (several of one row where samples begin), ``V`` vocabulary.
@@ -180,7 +180,7 @@ class Sampler:
         try:
             with torch.no_grad():
                 self._advance()
-        except Exception as error:  # what broke the pass broke it for all who shared it; those who wait are unharmed
+        except Exception as error:  # noqa: BLE001 (what broke the pass broke it for all who shared it, and no one else)
             failure = engine_error(error, "sampling")
             for request in list(self._admitted):
                 self._end(request, failure)
@@ -291,7 +291,7 @@ class Sampler:
             request.last_x_1D = x_LD[-1:].clone()
 
     def _draw(self, sources: list[tuple[_Cohort, Tensor]]) -> None:
-        """Draw one token for every row of the cohorts, from the hidden states beside them: one a row, or one for all."""
+        """One token for every row of the cohorts, from the hidden states beside them: one a row, or one for all."""
         x_UD = torch.cat([x for _, x in sources])
         segments = _segments([(cohort.request.adapter, len(x)) for cohort, x in sources])
         draws: list[Draw] = []
@@ -309,7 +309,8 @@ class Sampler:
         first = 0
         for cohort, _ in sources:
             last = first + len(cohort.rows)
-            self._take_drawn(cohort, tokens[first:last], logprobs[first:last])
+            if cohort in self._cohorts:  # else another cohort has just ended the request with an error
+                self._take_drawn(cohort, tokens[first:last], logprobs[first:last])
             first = last
 
     def _drawn(
@@ -392,6 +393,6 @@ def _not_finite(request: _Request) -> TuftError:
     if request.command.adapter_id is None:
         return EngineError(f"base model {request.command.base_model!r}: its logits are not finite for this prompt")
     return UserError(
-        f"adapter {request.command.adapter_id!r}: its logits are not finite (NaN or infinity): its weights have diverged; "
-        "sample from an earlier checkpoint, or train with a lower learning rate"
+        f"adapter {request.command.adapter_id!r}: its logits are not finite (NaN or infinity), so its weights have "
+        "diverged; sample from an earlier checkpoint, or train with a lower learning rate"
     )

@@ -1,8 +1,8 @@
 """The mathematics of sampling: seeded draws, temperature, top-k, top-p and stop conditions.
 
 Every row is computed by itself: what is drawn for one row never depends on the other rows of the call.
-Shape letters: ``N`` rows, ``M`` some of the rows, ``V`` vocabulary, ``B`` blocks of the vocabulary, ``b`` tokens of a block,
-``K`` candidates.
+Shape letters: ``N`` rows, ``M`` some of the rows, ``V`` vocabulary, ``B`` blocks of the vocabulary, ``b`` tokens of
+a block, ``K`` candidates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuft.types import SamplingParams
 _UINT64 = 2**64 - 1
 _BLOCK_TOKENS = 128
 _FIRST_CANDIDATES = 1024
-"""How many of the likeliest tokens are looked at first for top-p alone; all of them only where these do not reach it."""
+"""How many of the likeliest tokens are looked at first for top-p alone; all, only where these do not reach it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Draw:
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
-    """The number in [0, 1) that belongs to (seed, sample index, position): Philox is counter-based, so there is no state
-    that the order of work could change."""
+    """The number in [0, 1) that belongs to (seed, sample index, position): Philox is counter-based, so there is no
+    state that the order of work could change."""
     key = np.array([seed & _UINT64, sample_index], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
 
@@ -134,8 +134,8 @@ def check_params(params: SamplingParams) -> None:
 class StopRule:
     """When a sequence ends before its length does: at a token of a set, or once its text contains a string.
 
-    Text is decoded with its special tokens, so ``<|im_end|>`` may be given as a string. Only a tail is decoded: a string
-    of n bytes that ends with the last token spans at most n tokens.
+    Text is decoded with its special tokens, so ``<|im_end|>`` may be given as a string. Only a tail is decoded: a
+    string of n bytes that ends with the last token spans at most n tokens.
     """
 
     def __init__(

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tuft.engine.base import RunLoss
 from tuft.engine.checks import check_operation
+from tuft.engine.failures import engine_error
 from tuft.engine.losses import LOSSES, LossRecord, terms_and_gradient
 from tuft.engine.packing import Chunk, MicroBatch, PackedTokens, pack, plan
-from tuft.errors import EngineError, InvalidInput, NotFound, TuftError, UserError
+from tuft.errors import InvalidInput, NotFound, TuftError, UserError
 from tuft.models.decoder import Decoder
 from tuft.models.head import LossGradient, Targets, score
 from tuft.models.lora import Adapter, Segment
@@ -127,12 +128,12 @@ class Trainer:
                 between()
             try:
                 self._run_batch(live, operations, pending)
-            except Exception as error:  # whatever a pass raises is an operation's result; the engine lives on
+            except Exception as error:  # noqa: BLE001 - what a pass raises is an operation's result; the engine lives on
                 indices = list(dict.fromkeys(chunk.operation for chunk in live))
                 for index in indices:
                     del pending[index]
                 if len(indices) == 1:
-                    yield indices[0], _as_tuft_error(error)
+                    yield indices[0], engine_error(error, "loss")
                     continue
                 for index in indices:
                     between()
@@ -149,7 +150,7 @@ class Trainer:
             raise NotFound(f"adapter_id: got {operation.adapter_id!r}; no such adapter is loaded")
         if operation.backward and not adapter.trainable:
             raise InvalidInput(
-                "adapter_id", operation.adapter_id, "must be trainable; these are frozen sampler weights"
+                "adapter_id", operation.adapter_id, "must be trainable, not frozen sampler weights"
             )
         check_operation(operation, self.decoder.config)
         return _Pending(operation, adapter)
@@ -200,7 +201,3 @@ def _finished(operation: _Pending) -> LossResult | TuftError:
         return operation.finish()
     except TuftError as error:
         return error
-
-
-def _as_tuft_error(error: Exception) -> TuftError:
-    return error if isinstance(error, TuftError) else EngineError(f"the pass failed: {type(error).__name__}: {error}")

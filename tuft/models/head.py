@@ -1,11 +1,11 @@
 """The unembedding head: log-probabilities of target tokens and their gradient, in chunks, never ``[T, V]`` at once.
 
-It runs outside autograd: the gradient of a token's log-probability needs the softmax that its chunk has at hand anyway.
-In bf16 a logit near 20 is rounded by up to 0.06, so the two logits that a log-probability hangs on, the target's and the
-largest, are computed again in float32 as dot products of their rows.
+It runs outside autograd: the gradient of a token's log-probability needs the softmax that its chunk has anyway.
+In bf16 a logit near 20 is rounded by up to 0.06, so the two logits that a log-probability hangs on, the target's and
+the largest, are computed again in float32 as dot products of their rows.
 
-Shape letters: ``T`` packed rows, ``N`` rows of one chunk, ``A`` rows of a chunk with a gradient, ``D`` residual channels,
-``V`` vocabulary, ``M`` (row, target) pairs, ``K`` alternatives of a row, ``r`` LoRA rank.
+Shape letters: ``T`` packed rows, ``N`` rows of one chunk, ``A`` rows of a chunk with a gradient, ``D`` residual
+channels, ``V`` vocabulary, ``M`` (row, target) pairs, ``K`` alternatives of a row, ``r`` LoRA rank.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def _score_chunk(
 def exact_logits(
     decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
 ) -> Tensor:
-    """Logits ``[N, V]`` in float32. Those of the pairs (``rows_M``, ``tokens_M``) and the largest of each row are exact;
-    the others are as precise as the compute dtype."""
+    """Logits ``[N, V]`` in float32. Those of the pairs (``rows_M``, ``tokens_M``) and the largest of each row are
+    exact; the others are as precise as the compute dtype."""
     logits_NV = decoder.logits(x_ND, segments).float()
     if decoder.dtype == torch.float32:
         return logits_NV

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import structlog
@@ -126,28 +127,29 @@ class Scheduler:
         task.add_done_callback(self._tasks.discard)
 
     def _dispatch(self) -> None:
-        taken = self._queue.take(0 if self._pass_running else self._pass_tokens)
-        losses = [operation for operation in taken if isinstance(operation.work, RunLoss)]
-        for operation in taken:
-            if not isinstance(operation.work, RunLoss):
+        losses = []
+        for operation in self._queue.take(0 if self._pass_running else self._pass_tokens):
+            if isinstance(operation.work, RunLoss):
+                losses.append((operation, operation.work))
+            else:
                 self._spawn(self._run_barrier(operation, operation.work))
         if losses:
             self._pass_running = True
             self._spawn(self._run_pass(losses))
 
-    async def _run_pass(self, operations: list[Operation]) -> None:
-        live = [operation for operation in operations if self.is_live(operation.run_id)]
-        for operation in operations:
-            if operation not in live:
+    async def _run_pass(self, operations: Sequence[tuple[Operation, RunLoss]]) -> None:
+        live = []
+        for operation, loss in operations:
+            if self.is_live(operation.run_id):
+                live.append((operation, loss))
+            else:
                 self._finish(operation, failure(lost(operation.run_id)))
-        futures = self._engine.submit([operation.work for operation in live if isinstance(operation.work, RunLoss)])
 
-        async def finish(operation: Operation, reply: asyncio.Future[FutureResult]) -> None:
-            self._finish(operation, await outcome(reply))
+        async def finish(operation: Operation, reply: Future[FutureResult]) -> None:
+            self._finish(operation, await outcome(asyncio.wrap_future(reply)))
 
-        await asyncio.gather(
-            *(finish(operation, asyncio.wrap_future(future)) for operation, future in zip(live, futures, strict=True))
-        )
+        replies = self._engine.submit([loss for _, loss in live])
+        await asyncio.gather(*(finish(operation, reply) for (operation, _), reply in zip(live, replies, strict=True)))
         self._pass_running = False
         self._wake.set()
 

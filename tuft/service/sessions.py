@@ -46,6 +46,8 @@ class Sessions:
         session = self._catalog.session(tenant, session_id)
         if session is None:
             raise NotFound(f"session_id: {session_id!r} is unknown")
+        if not session.finished:
+            self._heard_at_s[session_id] = time.monotonic()
         return session
 
     def heartbeat(self, tenant: Tenant, session_id: str) -> None:
