@@ -155,7 +155,6 @@ async def _serve(
         await services.stop()
         server.should_exit = True
         await serving
-        engine.close()
 
 
 class _Server(uvicorn.Server):

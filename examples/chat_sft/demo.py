@@ -13,16 +13,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import chat_sft
+from settings import parse_settings
 
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 45.0
@@ -38,30 +38,36 @@ class DemoFailed(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
-    signal.signal(signal.SIGTERM, _exit_on_signal)  # so that `finally` stops the server then, too
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _exit_on_signal)  # so that `finally` stops the server then, too
     api_key = f"tml-{secrets.token_urlsafe(24)}"
+    options = ["--api-key", api_key, *DEMO_OPTIONS, *arguments]
+    home = parse_settings(options).out / "home"
     try:
-        with tempfile.TemporaryDirectory(prefix="tuft-demo-") as home, running_server(Path(home), api_key) as base_url:
-            return chat_sft.main(["--base-url", base_url, "--api-key", api_key, *DEMO_OPTIONS, *arguments])
+        with running_server(home, api_key) as base_url:
+            exit_code = chat_sft.main([*options, "--base-url", base_url])
     except DemoFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped before the training began.", file=sys.stderr)
+        print("\nStopped.", file=sys.stderr)
         return 130
+    if exit_code == 0:
+        print(f"The adapter is kept in {home}: `tuft launch --home {home}` serves it again")
+    return exit_code
 
 
 @contextmanager
 def running_server(home: Path, api_key: str) -> Iterator[str]:
     """`tuft launch` on a free port, ready for work; stopped on the way out. Yields its base URL."""
+    home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     base_url = f"http://127.0.0.1:{port}"
     log_path = home / "server.log"
-    command = [sys.executable, "-m", "tuft", "launch", "--port", str(port), "--home", str(home / "state")]
     with log_path.open("wb") as log:
         # A session of its own: Ctrl-C in the terminal then reaches the training alone, which still has to save.
         server = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "tuft", "launch", "--port", str(port), "--home", str(home)],
             env={**os.environ, "TUFT_API_KEY": api_key},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -69,7 +75,7 @@ def running_server(home: Path, api_key: str) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        print(f"Starting a server on {base_url} (the model loads) ...", flush=True)
+        print(f"Starting a server on {base_url}; the model loads ...", flush=True)
         started_s = time.monotonic()
         wait_ready(base_url, server, log_path)
         print(f"Ready after {time.monotonic() - started_s:.0f} s", flush=True)
@@ -94,13 +100,15 @@ def wait_ready(base_url: str, server: subprocess.Popen[bytes], log_path: Path) -
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, on which the server finishes its work; SIGKILL to its whole session if that takes too long."""
-    if server.poll() is None:
-        server.terminate()
+    """SIGTERM, on which the server ends its work; then, or when that takes too long, nothing of its session is left."""
     try:
+        server.terminate()
         server.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
+        print("The server does not stop by itself; killing it", file=sys.stderr)
+    finally:  # also on a second Ctrl-C
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 

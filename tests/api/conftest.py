@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from tests.models.tiny import make_tiny_model
 
+from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, new_session, post, result
 from tuft.api.http import create_app
 from tuft.app import model_sources, open_catalog
 from tuft.config import Config
 from tuft.engine.base import EngineSettings
 from tuft.engine.worker import EngineProcess
 from tuft.service.services import Services
-
-BASE_MODEL = "tests/tiny-llama"
-ALIAS = "tiny-llama"
-ALICE, BOB = "tml-alice", "tml-bob"
-LIMIT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,15 +35,13 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("api")
-    model = make_tiny_model("llama", folder / "model")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Config:
     return Config(
-        home=folder / "home",
+        home=tmp_path_factory.mktemp("api"),
         server={"long_poll_s": 0.2, "drain_timeout_s": 0.0},
         engine={"device": "cpu", "num_threads": 1},
         limits={"max_request_bytes": LIMIT_BYTES, "max_num_samples": 4},
-        base_models=[{"name": BASE_MODEL, "path": str(model), "aliases": [ALIAS], "precision": "float32"}],
+        base_models=[{"name": BASE_MODEL, "path": str(tiny_model), "aliases": [ALIAS], "precision": "float32"}],
         keys=[{"tenant": "alice", "key": ALICE}, {"tenant": "bob", "key": BOB}],
     )
 
@@ -59,7 +51,7 @@ def server(config: Config) -> Iterator[Served]:
     engine = EngineProcess(model_sources(config), EngineSettings(**config.engine.model_dump()))
     engine.start()
     try:
-        engine.wait_ready()
+        engine.wait_ready(timeout_s=60)
         with serving(config, engine) as served:
             yield served
     finally:
@@ -106,30 +98,6 @@ def serving(config: Config, engine: EngineProcess) -> Iterator[Served]:
         catalog.close()
 
 
-def post(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
-    return client.post(f"/api/v1/{route}", json=fields)
-
-
-def settled(client: httpx.Client, request_id: str, **headers: str) -> httpx.Response:
-    """Poll as the SDK does, until the future is settled."""
-    while True:
-        response = client.post("/api/v1/retrieve_future", json={"request_id": request_id}, headers=headers)
-        if response.status_code != 408:
-            return response
-
-
-def result(client: httpx.Client, submitted: httpx.Response) -> dict[str, Any]:
-    assert submitted.status_code == 200, submitted.text
-    response = settled(client, submitted.json()["request_id"])
-    assert response.status_code == 200, response.text
-    body: dict[str, Any] = response.json()
-    return body
-
-
-def new_session(client: httpx.Client) -> str:
-    return str(post(client, "create_session", tags=[], sdk_version="0").json()["session_id"])
-
-
 @pytest.fixture
 def session_id(server: Served) -> str:
     """A session of alice's."""
@@ -158,32 +126,3 @@ def sampler_id(server: Served, session_id: str) -> str:
         server.alice, "create_sampling_session", session_id=session_id, sampling_session_seq_id=0, base_model=BASE_MODEL
     )
     return str(response.json()["sampling_session_id"])
-
-
-Tokens = Callable[[int], list[int]]
-
-
-def cross_entropy(tokens: list[int], **more: Any) -> dict[str, Any]:
-    """A forward_backward payload as old SDKs send it: each token is to predict the next."""
-    inputs = {"target_tokens": {"data": tokens[1:], "dtype": "int64", "shape": [len(tokens) - 1]}}
-    datum = {"model_input": {"chunks": [{"tokens": tokens[:-1]}]}, "loss_fn_inputs": inputs}
-    return {"data": [datum], "loss_fn": "cross_entropy", **more}
-
-
-def proto_body(run_id: str, seq_id: int, data: list[Any], *, forward_only: bool = False) -> bytes:
-    """The same as the newest SDK sends it; ``data`` are its own datums."""
-    import tinker
-    from tinker.proto.request_conv import forward_backward_request_to_proto
-
-    request = tinker.types.ForwardBackwardRequest(
-        forward_backward_input=tinker.types.ForwardBackwardInput(data=data, loss_fn="cross_entropy"),
-        model_id=run_id,
-        seq_id=seq_id,
-    )
-    message = forward_backward_request_to_proto(request)
-    message.forward_only = forward_only
-    return bytes(message.SerializeToString())
-
-
-def tokenizer_folder(home: Path) -> Path:
-    return home / "tokenizers" / BASE_MODEL.replace("/", "--")

@@ -117,10 +117,10 @@ def test_the_embedded_model_trains_as_under_transformers_and_peft(train_unembed:
 
 @cache
 def tiny_decoder(precision: Precision) -> Decoder:
-    """Odd sizes on purpose: 40 channels are no multiple of any vector width times two threads."""
+    """Odd sizes on purpose: no multiples of the vector width."""
     with tempfile.TemporaryDirectory() as directory:
         path = make_tiny_model(
-            "qwen3", Path(directory), hidden_size=40, intermediate_size=72, head_dim=8, num_hidden_layers=3
+            "qwen3", Path(directory), hidden_size=40, intermediate_size=100, head_dim=16, num_hidden_layers=3
         )
         return Decoder(load_weights(str(path)), precision, CPU)
 

@@ -120,6 +120,6 @@ def _decompress(content: bytes, limit_bytes: int, cut_off: bool) -> tuple[bytes,
         if cut_off or num_bytes > limit_bytes:
             with zstandard.ZstdDecompressor().stream_reader(content) as reader:
                 return reader.read(min(_PREFIX_BYTES, num_bytes)), _too_large(limit_bytes, " when decompressed")
-        return zstandard.ZstdDecompressor().decompress(content), None
+        return zstandard.ZstdDecompressor().decompress(content, allow_extra_data=False), None
     except zstandard.ZstdError as error:
         raise InvalidInput("body", f"{len(content)} bytes", f"must be one zstd frame: {error}") from error

@@ -50,7 +50,8 @@ class Repository:
 # Reading and digesting files takes a while: FastAPI runs these plain functions in threads.
 
 
-@router.api_route("/{name:path}/resolve/{revision}/{file}", methods=["GET", "HEAD"])
+@router.head("/{name:path}/resolve/{revision}/{file}")
+@router.get("/{name:path}/resolve/{revision}/{file}")
 def resolve(name: str, revision: str, file: str, services: Served) -> FileResponse:
     repository = _repository(services, name, revision)
     path = repository.files.get(file)
@@ -78,8 +79,8 @@ def subtree(name: str, revision: str, folder: str, services: Served) -> None:
     raise _not_found("EntryNotFound", f"{name} has no folder {folder!r}", _repository(services, name, revision).commit)
 
 
+@router.get("/api/models/{name:path}")  # matched last: decorators apply from below
 @router.get("/api/models/{name:path}/revision/{revision}")
-@router.get("/api/models/{name:path}")
 def describe(name: str, services: Served, revision: str = "main") -> dict[str, Any]:
     repository = _repository(services, name, revision)
     return {

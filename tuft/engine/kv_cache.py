@@ -138,13 +138,13 @@ def _shared_product(x_GSgm: Tensor, shared_Gmn: Tensor) -> Tensor:
 
 
 class StepAttention:
-    """``tuft.models.decoder.Attention`` over the spans of one step; rows that belong to no span attend to nothing."""
+    """``tuft.models.decoder.Attention`` over the spans of one step, which cover its rows."""
 
     def __init__(self, spans: Sequence[PromptSpan | DecodeSpan]) -> None:
         self._spans = spans
 
     def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        out_THd = torch.zeros_like(q_THd)
+        out_THd = torch.empty_like(q_THd)
         for span in self._spans:
             rows = slice(span.start, span.stop)
             out_THd[rows] = span.attend(layer, q_THd[rows], k_TGd[rows], v_TGd[rows])

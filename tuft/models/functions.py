@@ -23,6 +23,9 @@ from tuft.models.lora import LoraGroup, Segment
 MIN_FLOAT32_ROWS = 12
 """MKL computes fewer rows with other kernels; from 12 on a row's result does not depend on how many there are."""
 
+_GRAIN_SIZE = 32_768
+"""Elements up to which torch computes an elementwise function in one thread (at::internal::GRAIN_SIZE)."""
+
 
 def base_product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x_TK @ weight_NK.T + bias_N``; each row's result is bit-equal in whatever batch the row stands."""
@@ -208,6 +211,23 @@ class RotaryHeads(torch.autograd.Function):
         return dheads.flatten(1), None, None, None, None
 
 
+def _whole_row_blocks(num_rows: int, num_columns: int, device: torch.device) -> list[int]:
+    """Sizes of blocks of rows in which an elementwise function never cuts a row between two threads.
+
+    torch cuts a CPU tensor into equal parts, one a thread, once it has more than ``_GRAIN_SIZE`` elements, and computes
+    the last few elements of a part one by one: their exponentials differ in the last bit from vectorised ones. Cut at
+    whole rows, a row's result does not depend on how many rows there are.
+    """
+    num_threads = torch.get_num_threads()
+    even_rows = num_rows - num_rows % num_threads
+    if device.type != "cpu" or num_rows * num_columns <= _GRAIN_SIZE:
+        return [num_rows]
+    if even_rows * num_columns > (num_threads - 1) * _GRAIN_SIZE:
+        return [even_rows] + [1] * (num_rows - even_rows)
+    block = max(1, _GRAIN_SIZE // num_columns)
+    return [block] * (num_rows // block) + [num_rows % block] * (num_rows % block > 0)
+
+
 class SwiGlu(torch.autograd.Function):
     """``silu(gate) * up`` of a fused ``[gate, up]``."""
 
@@ -215,7 +235,11 @@ class SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate_up_TN: Tensor) -> Tensor:
         gate_TI, up_TI = gate_up_TN.chunk(2, dim=1)
         ctx.save_for_backward(gate_up_TN)
-        return F.silu(gate_TI).mul_(up_TI)
+        out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
+        blocks = _whole_row_blocks(*gate_TI.shape, gate_TI.device)
+        for gate_tI, out_tI in zip(gate_TI.split(blocks), out_TI.split(blocks), strict=True):
+            torch.ops.aten.silu.out(gate_tI, out=out_tI)
+        return out_TI.mul_(up_TI)
 
     @staticmethod
     def backward(ctx: Any, dout_TI: Tensor) -> Tensor:
@@ -223,6 +247,12 @@ class SwiGlu(torch.autograd.Function):
         gate_TI, up_TI = gate_up_TN.chunk(2, dim=1)
         dgate_up_TN = torch.empty_like(gate_up_TN)
         dgate_TI, dup_TI = dgate_up_TN.chunk(2, dim=1)
-        torch.ops.aten.silu_backward.grad_input(dout_TI * up_TI, gate_TI, grad_input=dgate_TI)
-        torch.mul(dout_TI, F.silu(gate_TI), out=dup_TI)
+        dsilu_TI = dout_TI * up_TI
+        blocks = _whole_row_blocks(*gate_TI.shape, gate_TI.device)
+        for gate_tI, dsilu_tI, dgate_tI, dup_tI in zip(
+            *(x.split(blocks) for x in (gate_TI, dsilu_TI, dgate_TI, dup_TI)), strict=True
+        ):
+            torch.ops.aten.silu_backward.grad_input(dsilu_tI, gate_tI, grad_input=dgate_tI)
+            torch.ops.aten.silu.out(gate_tI, out=dup_tI)
+        dup_TI.mul_(dout_TI)
         return dgate_up_TN

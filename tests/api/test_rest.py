@@ -1,0 +1,74 @@
+"""What a tenant sees of its runs and checkpoints."""
+
+from __future__ import annotations
+
+from tinker.types import CheckpointsListResponse, TrainingRun, TrainingRunsResponse, WeightsInfoResponse
+
+from tests.api.calls import BASE_MODEL, post, result
+from tests.api.conftest import Served
+
+
+def save(server: Served, run_id: str, seq_id: int, route: str, name: str, **fields: object) -> str:
+    submitted = post(server.alice, route, model_id=run_id, seq_id=seq_id, path=name, **fields)
+    return str(result(server.alice, submitted)["path"])
+
+
+def test_a_run_shows_its_newest_checkpoints(server: Served, run_id: str) -> None:
+    save(server, run_id, 1, "save_weights", "old", ttl_seconds=3600)
+    newest = save(server, run_id, 2, "save_weights", "new", user_metadata={"epoch": "1"})
+    sampler = save(server, run_id, 3, "save_weights_for_sampler", "frozen")
+    run = TrainingRun.model_validate(server.alice.get(f"/api/v1/training_runs/{run_id}").json())
+    assert (run.training_run_id, run.base_model, run.model_owner) == (run_id, BASE_MODEL, "alice")
+    assert (run.is_lora, run.lora_rank, run.corrupted) == (True, 4, False)
+    assert run.user_metadata == {"purpose": "tests", "number": "1"}
+    assert run.last_checkpoint is not None
+    assert run.last_checkpoint.tinker_path == newest
+    assert run.last_checkpoint.user_metadata == {"epoch": "1"}
+    assert run.last_sampler_checkpoint is not None
+    assert run.last_sampler_checkpoint.tinker_path == sampler
+
+    listed = server.alice.get(f"/api/v1/training_runs/{run_id}/checkpoints").json()
+    checkpoints = CheckpointsListResponse.model_validate(listed).checkpoints
+    assert [checkpoint.checkpoint_id for checkpoint in checkpoints] == [
+        "sampler_weights/frozen",
+        "weights/new",
+        "weights/old",
+    ]
+    assert [checkpoint.checkpoint_type for checkpoint in checkpoints] == ["sampler", "training", "training"]
+    assert all(checkpoint.size_bytes and not checkpoint.public for checkpoint in checkpoints)
+    assert [checkpoint.expires_at is not None for checkpoint in checkpoints] == [False, False, True]
+
+
+def test_lists_come_in_pages(server: Served, run_id: str) -> None:
+    everything = server.alice.get("/api/v1/training_runs", params={"limit": 1000}).json()
+    page = server.alice.get("/api/v1/training_runs", params={"limit": 1, "access_scope": "owned"}).json()
+    assert [run.training_run_id for run in TrainingRunsResponse.model_validate(page).training_runs] == [run_id]
+    assert page["cursor"] == {"offset": 0, "limit": 1, "total_count": len(everything["training_runs"])}
+    assert server.bob.get("/api/v1/training_runs").json()["training_runs"] == []
+
+
+def test_a_filter_that_has_no_meaning_here_is_refused(server: Served) -> None:
+    response = server.alice.get("/api/v1/training_runs", params={"project_id": "p"})
+    assert response.status_code == 400
+    assert response.json()["detail"].startswith("project_id: got 'p'; is not supported")
+
+
+def test_a_deleted_checkpoint_is_gone_for_its_owner_and_never_for_another(server: Served, run_id: str) -> None:
+    path = save(server, run_id, 1, "save_weights", "mine")
+    url = f"/api/v1/training_runs/{run_id}/checkpoints/weights/mine"
+    assert server.bob.delete(url).status_code == 404
+    assert post(server.bob, "weights_info", tinker_path=path).status_code == 404
+    info = WeightsInfoResponse.model_validate(post(server.alice, "weights_info", tinker_path=path).json())
+    assert (info.base_model, info.lora_rank, info.train_mlp) == (BASE_MODEL, 4, True)
+    mine = server.alice.get("/api/v1/checkpoints").json()
+    assert path in {checkpoint["tinker_path"] for checkpoint in mine["checkpoints"]}
+    assert server.bob.get("/api/v1/checkpoints").json()["checkpoints"] == []
+    assert server.alice.delete(url).status_code == 204
+    assert post(server.alice, "weights_info", tinker_path=path).status_code == 404
+    assert server.alice.delete(url).status_code == 404
+
+
+def test_a_path_of_another_shape_is_named(server: Served) -> None:
+    response = post(server.alice, "weights_info", tinker_path="tinker://a/b")
+    assert response.status_code == 400
+    assert response.json()["detail"].startswith("path: got 'tinker://a/b'; must read tinker://")

@@ -1,0 +1,68 @@
+"""How a client begins and ends."""
+
+from __future__ import annotations
+
+from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse, GetServerCapabilitiesResponse
+
+from tests.api.calls import ALIAS, BASE_MODEL, post
+from tests.api.conftest import Served
+
+
+def test_the_client_configuration_is_what_the_sdk_understands(server: Served) -> None:
+    answer = post(server.alice, "client/config", sdk_version="0.38.0").json()
+    config = ClientConfigResponse.model_validate(answer)
+    assert config.parallel_fwdbwd_chunks
+    assert config.proto_compress_fwdbwd
+    assert not config.pjwt_auth_enabled
+    assert not config.custom_loss_server_side
+    assert not config.sample_use_retrieve_futures
+    ClientDynamicConfigResponse.model_validate(post(server.alice, "client/dynamic_config", sdk_version="0").json())
+
+
+def test_the_capabilities_name_every_model_and_alias(server: Served) -> None:
+    answer = server.alice.get("/api/v1/get_server_capabilities").json()
+    models = GetServerCapabilitiesResponse.model_validate(answer).supported_models
+    assert [model.model_name for model in models] == [BASE_MODEL, ALIAS]
+    assert all(model.max_context_length == 512 and model.trainable and model.sampleable for model in models)
+
+
+def test_a_session_lives_until_it_is_finished(server: Served) -> None:
+    created = post(
+        server.alice,
+        "create_session",
+        tags=["a"],
+        user_metadata={"k": "v"},
+        sdk_version="0.38.0",
+        display_name="mine",
+        type="create_session",
+    ).json()
+    session_id = created["session_id"]
+    assert "/" not in session_id
+    assert created == {"type": "create_session", "session_id": session_id}
+    assert post(server.alice, "session_heartbeat", session_id=session_id).json() == {"type": "session_heartbeat"}
+    shown = server.alice.get(f"/api/v1/sessions/{session_id}").json()
+    assert shown == {
+        "training_run_ids": [],
+        "sampler_ids": [],
+        "user_metadata": {"k": "v"},
+        "display_name": "mine",
+    }
+    assert session_id in server.alice.get("/api/v1/sessions").json()["sessions"]
+    finish = {"reason": {"type": "success"}, "detail": None}
+    assert server.alice.post(f"/api/v1/sessions/{session_id}/finish", json=finish).status_code == 200
+    assert post(server.alice, "session_heartbeat", session_id=session_id).status_code == 410
+
+
+def test_a_session_of_the_oldest_sdks_needs_no_field(server: Served) -> None:
+    assert post(server.alice, "create_session", user_metadata=None).json()["session_id"]
+
+
+def test_a_project_is_not_ignored_in_silence(server: Served) -> None:
+    created = post(server.alice, "create_session", tags=[], project_id="p").json()
+    assert "project_id" in created["warning_message"]
+
+
+def test_telemetry_is_accepted_and_the_connection_stays_usable(server: Served) -> None:
+    for _ in range(2):
+        response = post(server.alice, "telemetry", events=[{"event": "X", "data": "y" * 200_000}], session_id="s")
+        assert response.json() == {"status": "accepted"}

@@ -1,0 +1,57 @@
+"""A base model in the engine: its decoder, and the trainer and the sampler that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tuft.engine.base import BaseModelSource, EngineSettings
+from tuft.engine.device import choose_device, choose_precision
+from tuft.engine.sampler import Sampler
+from tuft.engine.trainer import Trainer
+from tuft.models.decoder import Decoder
+from tuft.models.load import load_weights
+from tuft.models.tokenizer import load_tokenizer, write_tokenizer_files
+from tuft.types import BaseModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    info: BaseModelInfo
+    decoder: Decoder
+    trainer: Trainer
+    sampler: Sampler
+
+
+def load_models(sources: Sequence[BaseModelSource], settings: EngineSettings) -> list[LoadedModel]:
+    """Load every base model and write its tokenizer files. Raises ModelError or ConfigError."""
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.device)
+    return [_load_model(source, settings, device) for source in sources]
+
+
+def _load_model(source: BaseModelSource, settings: EngineSettings, device: torch.device) -> LoadedModel:
+    tokenizer_dir = Path(source.tokenizer_dir)
+    write_tokenizer_files(source.path, tokenizer_dir)
+    weights = load_weights(source.path, source.max_context_tokens)
+    config = weights.config
+    precision = choose_precision(source.precision, device)
+    decoder = Decoder(weights, precision, device)
+    info = BaseModelInfo(
+        name=source.name,
+        aliases=source.aliases,
+        architecture=config.architecture,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.max_context_tokens,
+        num_parameters=config.num_parameters,
+        precision=precision,
+        eos_token_ids=config.eos_token_ids,
+        tokenizer_dir=source.tokenizer_dir,
+        linear_shapes=config.linear_shapes(),
+    )
+    trainer = Trainer(decoder, settings.micro_batch_tokens)
+    return LoadedModel(info, decoder, trainer, Sampler(decoder, load_tokenizer(tokenizer_dir), settings))
