@@ -174,7 +174,7 @@ def train_with_progress(
             history.append(row)
             test = next(past.test_nll for past in reversed(history) if past.test_nll is not None)
             nll = f"train NLL {row.train_nll:.3f}, " if row.train_nll is not None else ""
-            bar.set_postfix_str(f"{nll}test NLL {test:.3f}, {row.tokens_per_s:.0f} tokens/s")
+            bar.set_postfix_str(f"{nll}test NLL {test:.3f}, {row.tokens_per_s:.0f} tokens/s", refresh=False)
             bar.update(min(row.step, 1))
     plot_curves(history, settings.out / CURVES_FILE, f"Chat SFT: rank {settings.rank}, lr {settings.learning_rate:g}")
     return history, interrupt.requested
@@ -203,18 +203,19 @@ def require_reachable(base_url: str, timeout_s: float = 5.0) -> None:
         raise OSError(f"no server at {base_url} ({error}); start one with `tuft launch`, or give --base-url") from error
 
 
-def choose_base_model(service: tinker.ServiceClient, wanted: str | None) -> str:
-    served = [str(model.model_name) for model in service.get_server_capabilities().supported_models]
-    if wanted is None:
+def choose_base_model(settings: Settings) -> str:
+    rest = tinker.RestClient(base_url=settings.base_url, api_key=settings.api_key)
+    served = [str(model.model_name) for model in rest.get_server_capabilities().result().supported_models]
+    if settings.base_model is None:
         return served[0]
-    if wanted not in served:
-        raise ValueError(f"--base-model: got {wanted!r}; the server has {', '.join(served)}")
-    return wanted
+    if settings.base_model not in served:
+        raise ValueError(f"--base-model: got {settings.base_model!r}; the server has {', '.join(served)}")
+    return settings.base_model
 
 
 def run(settings: Settings, service: tinker.ServiceClient) -> int:
     """The whole example; returns the exit code."""
-    base_model = choose_base_model(service, settings.base_model)
+    base_model = choose_base_model(settings)
     dataset = load_chats(settings.dataset, num_test=settings.num_test, max_train=settings.max_train, seed=settings.seed)
     console.print(f"Base model {base_model}\nData set   {dataset.name}: {dataset.origin}", highlight=False)
     client = service.create_lora_training_client(

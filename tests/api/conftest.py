@@ -123,6 +123,10 @@ def run_id(server: Served, session_id: str) -> str:
 def sampler_id(server: Served, session_id: str) -> str:
     """A sampling session of alice's on the base model."""
     response = post(
-        server.alice, "create_sampling_session", session_id=session_id, sampling_session_seq_id=0, base_model=BASE_MODEL
+        server.alice,
+        "create_sampling_session",
+        session_id=session_id,
+        sampling_session_seq_id=900,
+        base_model=BASE_MODEL,
     )
     return str(response.json()["sampling_session_id"])

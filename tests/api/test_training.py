@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import Request
 from tinker.proto.response_conv import deserialize_forward_backward_output
 
 from tests.api.calls import (
@@ -22,6 +23,7 @@ from tests.api.calls import (
     settled,
 )
 from tests.api.conftest import Served
+from tuft.api.training import is_loopback
 
 ACCEPT_PROTOBUF = {"Accept": "application/x-protobuf, application/json"}
 
@@ -43,6 +45,22 @@ def test_get_info_says_what_the_sdk_needs(server: Served, run_id: str) -> None:
         "optimizer_config": {"type": "adamw"},
     }
     assert folder == server.services.base_models[0].tokenizer_dir  # this client is on the same machine
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("testclient", False),
+        (None, False),
+    ],
+)
+def test_only_a_client_on_this_machine_is_given_a_folder_of_it(host: str | None, here: bool) -> None:
+    client = None if host is None else (host, 1)
+    assert is_loopback(Request({"type": "http", "client": client})) is here
 
 
 def test_the_wire_formats_give_the_same_numbers(server: Served, run_id: str) -> None:

@@ -22,7 +22,8 @@ def client(tiny_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def train_client(client: tinker.ServiceClient, **options: object) -> tinker.TrainingClient:
-    return client.create_lora_training_client(TINY_MODEL, **{"rank": 4, "seed": 1, **options})  # type: ignore[arg-type]
+    created = client.create_lora_training_client(TINY_MODEL, **{"rank": 4, "seed": 1, **options})  # type: ignore[arg-type]
+    return created.result()
 
 
 def datum(tokens: list[int] = TOKENS, weights: list[float] | None = None) -> types.Datum:
@@ -53,7 +54,8 @@ def test_training_lowers_the_loss_and_the_result_samples_what_it_learned(client:
     training = train_client(client)
     losses = [step(training, [datum()]) for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
-    sampler = training.save_weights_and_get_sampling_client("learned")
+    path = training.save_weights_for_sampler("learned").result().path
+    sampler = client.create_sampling_client(model_path=path).result()
     params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
     result = sampler.sample(types.ModelInput.from_ints(TOKENS[:6]), 1, params).result()
     assert result.sequences[0].tokens == TOKENS[6:10]
@@ -64,7 +66,7 @@ def test_what_was_saved_goes_on_as_if_it_had_never_stopped(client: tinker.Servic
     for _ in range(3):
         step(first, [datum()])
     path = first.save_state("half-way").result().path
-    resumed = client.create_training_client_from_state_with_optimizer(path)
+    resumed = client.create_training_client_from_state_with_optimizer(path).result()
     assert [step(first, [datum()]) for _ in range(3)] == [step(resumed, [datum()]) for _ in range(3)]
 
 
@@ -72,7 +74,7 @@ def test_weights_alone_start_with_fresh_moments(client: tinker.ServiceClient) ->
     first = train_client(client)
     step(first, [datum()])
     path = first.save_state("weights-only").result().path
-    resumed = client.create_training_client_from_state(path)
+    resumed = client.create_training_client_from_state(path).result()
     metrics = resumed.optim_step(types.AdamParams()).result().metrics
     assert metrics is not None
     assert metrics["step:max"] == 1
@@ -133,7 +135,7 @@ def test_a_custom_loss_takes_the_sdks_two_passes(client: tinker.ServiceClient) -
 
 
 def test_the_base_model_samples_several_sequences_with_logprobs(client: tinker.ServiceClient) -> None:
-    sampler = client.create_sampling_client(base_model=TINY_MODEL)
+    sampler = client.create_sampling_client(base_model=TINY_MODEL).result()
     params = types.SamplingParams(max_tokens=5, temperature=1.0, seed=3, stop=[])
     prompt = types.ModelInput.from_ints(TOKENS)
     first = sampler.sample(prompt, 3, params).result()
@@ -148,14 +150,14 @@ def test_compute_logprobs_equals_the_trainers_forward(client: tinker.ServiceClie
     for _ in range(5):
         step(training, [datum()])
     forward = training.forward([datum()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     logprobs = sampler.compute_logprobs(types.ModelInput.from_ints(TOKENS)).result()
     assert logprobs[0] is None
     assert logprobs[1:] == pytest.approx(forward, abs=1e-4)
 
 
 def test_top_k_prompt_logprobs_hold_the_best_alternatives(client: tinker.ServiceClient) -> None:
-    sampler = client.create_sampling_client(base_model=TINY_MODEL)
+    sampler = client.create_sampling_client(base_model=TINY_MODEL).result()
     params = types.SamplingParams(max_tokens=1)
     result = sampler.sample(
         types.ModelInput.from_ints(TOKENS), 1, params, include_prompt_logprobs=True, topk_prompt_logprobs=3
@@ -170,7 +172,7 @@ def test_top_k_prompt_logprobs_hold_the_best_alternatives(client: tinker.Service
 
 def test_an_ephemeral_sampler_is_frozen_while_training_goes_on(client: tinker.ServiceClient) -> None:
     training = train_client(client)
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     prompt = types.ModelInput.from_ints(TOKENS)
     before = sampler.compute_logprobs(prompt).result()
     for _ in range(3):
@@ -217,7 +219,7 @@ def test_a_rank_out_of_range_is_refused_at_once(client: tinker.ServiceClient, ra
 
 def test_an_unknown_base_model_lists_what_there_is(client: tinker.ServiceClient) -> None:
     with pytest.raises(tinker.BadRequestError, match=f"got 'nobody/nothing'; this server has '{TINY_MODEL}'"):
-        client.create_lora_training_client("nobody/nothing", rank=4)
+        client.create_lora_training_client("nobody/nothing", rank=4).result()
 
 
 @pytest.mark.parametrize(

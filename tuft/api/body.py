@@ -6,17 +6,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import pydantic_core
 import zstandard
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuft.errors import InvalidInput, TooLarge
 
 CONTROL_BODY_BYTES = 2**20
 """Enough for every body that carries neither training data nor a prompt."""
+ClientSeq = Annotated[int, Field(ge=0, lt=2**63)]
+"""What clients count their runs, samplers and samples with."""
 _OFF_LOOP_BYTES = 2**20
 _PREFIX_BYTES = 2**16
 

@@ -97,7 +97,7 @@ def status_of(error: TuftError) -> int:
 async def _tuft_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TuftError)
     status = status_of(error)
-    if status >= 500:
+    if status == 500:
         log.error("request failed", path=request.url.path, error=str(error), kind=type(error).__name__)
     headers = {"Retry-After": str(_retry_after_s(request))} if isinstance(error, ModelError) else None
     return _error(status, str(error), headers)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 
 from tuft.api import wire
 from tuft.api.auth import Caller, Served
-from tuft.api.body import Fields, off_loop, parse, read_body
+from tuft.api.body import ClientSeq, Fields, off_loop, parse, read_body
 from tuft.api.wire import NOT_SUPPORTED
 from tuft.errors import InvalidInput
 from tuft.types import SamplingParams
@@ -21,7 +20,7 @@ Stop = tuple[str, ...] | tuple[int, ...] | None
 
 class CreateSamplingSession(Fields):
     session_id: str
-    sampling_session_seq_id: int
+    sampling_session_seq_id: ClientSeq
     base_model: str | None = None
     model_path: str | None = None
 
@@ -39,7 +38,7 @@ class SamplingFields(Fields):
 
 class Sample(Fields):
     sampling_session_id: str
-    seq_id: int = Field(ge=0, lt=2**63)
+    seq_id: ClientSeq
     prompt: Any
     sampling_params: SamplingFields = SamplingFields()
     num_samples: int = 1

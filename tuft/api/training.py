@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tuft.api import wire
 from tuft.api.auth import Caller, Served
-from tuft.api.body import Fields, load_json, off_loop, parse, read_body, read_bounded, texts
+from tuft.api.body import ClientSeq, Fields, load_json, off_loop, parse, read_body, read_bounded, texts
 from tuft.api.results import PROTOBUF
 from tuft.api.wire import MAX_SEQ_ID, NOT_SUPPORTED, LossRequest
 from tuft.errors import InvalidInput, TooLarge
@@ -28,7 +28,7 @@ class OptimizerConfig(Fields):
 
 class CreateModel(Fields):
     session_id: str
-    model_seq_id: int
+    model_seq_id: ClientSeq
     base_model: str
     user_metadata: dict[str, Any] | None = None
     lora_config: LoraSpec | None = None
@@ -61,7 +61,7 @@ class SaveWeights(Fields):
 
 class SaveWeightsForSampler(Fields):
     path: str | None = None
-    sampling_session_seq_id: int | None = None
+    sampling_session_seq_id: ClientSeq | None = None
     kind: str = "snapshot"
     ttl_seconds: int | None = None
     user_metadata: dict[str, Any] | None = None
@@ -79,7 +79,7 @@ L = TypeVar("L", bound=LoadWeights)
 
 class CreateFromWeights(LoadWeights):
     session_id: str
-    model_seq_id: int
+    model_seq_id: ClientSeq
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
 
@@ -106,7 +106,7 @@ async def get_info(request: Request, tenant: Caller, services: Served) -> dict[s
     """The SDK asks this when it creates a training client, and where the run's tokenizer is to be had."""
     run = services.runs.get(tenant, parse(OnRun, await read_body(request)).model_id)
     model = services.models.require(run.base_model)
-    tokenizer_id = model.tokenizer_dir if _is_loopback(request) else model.name
+    tokenizer_id = model.tokenizer_dir if is_loopback(request) else model.name
     return {
         "type": "get_info",
         "model_id": run.run_id,
@@ -267,7 +267,7 @@ def _refuse_other_optimizers(config: OptimizerConfig | None, field: str) -> None
         raise InvalidInput(f"{field}.type", config.type, f"{NOT_SUPPORTED}; must be 'adamw'")
 
 
-def _is_loopback(request: Request) -> bool:
+def is_loopback(request: Request) -> bool:
     """A client on this machine can read the tokenizer's directory itself."""
     if request.client is None:
         return False
