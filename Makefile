@@ -12,6 +12,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 PYTEST ?=
 
+# Tests run torch beside a server that runs torch: threads that wait must not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install demo test serve check bench clean
 .DEFAULT_GOAL := install
 

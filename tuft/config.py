@@ -7,11 +7,12 @@ two underscores: ``TUFT_SERVER__PORT=8000``, ``TUFT_LIMITS__MAX_RANK=64``; ``TUF
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tuft.errors import ConfigError
 
@@ -126,17 +127,6 @@ class Config(BaseSettings):
                 seen.add(name)
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (env_settings, init_settings)
-
 
 def load_config(path: Path | None = None, **overrides: Any) -> Config:
     """Read ``path`` (TOML), then the environment, then ``overrides`` (dotted option to value; None is ignored).
@@ -152,23 +142,36 @@ def load_config(path: Path | None = None, **overrides: Any) -> Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
     try:
-        config = Config(**values)
-        for dotted, value in overrides.items():
-            if value is not None:
-                config = _replaced(config, dotted.split("."), value)
+        return _layered(overrides)(**values)
     except ValidationError as error:
         where = str(path) if path is not None else "configuration"
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in _problems(error))) from error
-    return config
 
 
-def _replaced(config: Config, keys: list[str], value: Any) -> Config:
-    tree = config.model_dump()
-    leaf = tree
-    for key in keys[:-1]:
-        leaf = leaf[key]
-    leaf[keys[-1]] = value
-    return Config.model_validate(tree)
+def _layered(overrides: Mapping[str, Any]) -> type[Config]:
+    """Config with the order of its sources: ``overrides``, the environment, then what it is called with."""
+    tree: dict[str, Any] = {}
+    for dotted, value in overrides.items():
+        *sections, option = dotted.split(".")
+        leaf = tree
+        for section in sections:
+            leaf = leaf.setdefault(section, {})
+        if value is not None:
+            leaf[option] = value
+
+    class Layered(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return InitSettingsSource(settings_cls, init_kwargs=tree), env_settings, init_settings
+
+    return Layered
 
 
 def _problems(error: ValidationError) -> list[str]:

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     api_key = f"tml-{secrets.token_urlsafe(24)}"
     options = ["--api-key", api_key, *DEMO_OPTIONS, *arguments]
     home = parse_settings(options).out / "home"
+    print("TuFT demo: fine-tuning the embedded model on the chats shipped with the example, without any network.")
     try:
         with running_server(home, api_key) as base_url:
             exit_code = chat_sft.main([*options, "--base-url", base_url])

@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Config
         home=tmp_path_factory.mktemp("api"),
         server={"long_poll_s": 0.2, "drain_timeout_s": 0.0},
         engine={"device": "cpu", "num_threads": 1},
-        limits={"max_request_bytes": LIMIT_BYTES, "max_num_samples": 4},
+        limits={"max_request_bytes": LIMIT_BYTES, "max_num_samples": 4, "max_runs_per_tenant": 1000},
         base_models=[{"name": BASE_MODEL, "path": str(tiny_model), "aliases": [ALIAS], "precision": "float32"}],
         keys=[{"tenant": "alice", "key": ALICE}, {"tenant": "bob", "key": BOB}],
     )
@@ -99,9 +99,11 @@ def serving(config: Config, engine: EngineProcess) -> Iterator[Served]:
 
 
 @pytest.fixture
-def session_id(server: Served) -> str:
-    """A session of alice's."""
-    return new_session(server.alice)
+def session_id(server: Served) -> Iterator[str]:
+    """A session of alice's, which ends with the test and takes its runs along."""
+    session_id = new_session(server.alice)
+    yield session_id
+    server.alice.post(f"/api/v1/sessions/{session_id}/finish", json={"reason": {"type": "success"}})
 
 
 @pytest.fixture

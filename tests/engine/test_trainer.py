@@ -74,7 +74,9 @@ def assert_trains_like_peft(decoder: Decoder, base: torch.nn.Module, spec: LoraS
                 np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=1e-4)
         gradients = adapter.state(with_optimizer=True).gradients
         for name, expected in reference.gradients().items():
-            if step == 0:  # Adam's first steps are signs of gradients: later ones differ where a gradient is almost zero
+            if (
+                step == 0
+            ):  # Adam's first steps are signs of gradients: later ones differ where a gradient is almost zero
                 assert relative_error(gradients[name], expected) < TOLERANCE, name
         expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters.values(), ADAM.grad_clip_norm)
         metrics = optim_step(adapter, ADAM).metrics

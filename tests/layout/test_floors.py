@@ -190,11 +190,8 @@ def _only_forwards(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     passed = [argument.id if isinstance(argument, ast.Name) else None for argument in call.args]
     # across objects a method may translate one noun's vocabulary into another's; within one, it is noise
     target = call.func
-    same_object = (
-        isinstance(target, ast.Name)
-        or (isinstance(target, ast.Attribute)
-        and isinstance(target.value, ast.Name)
-        and target.value.id == "self")
+    same_object = isinstance(target, ast.Name) or (
+        isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
     )
     return passed == own and same_object and not (isinstance(target, ast.Name) and target.id[0].isupper())
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuft.models.architecture import DecoderConfig
-from tuft.models.functions import MIN_FLOAT32_ROWS
+from tuft.models.functions import MIN_ROWS
 
 BLOCK_TOKENS = 16
 """Positions a cache grows by: 64 bytes of float32, one cache line."""
@@ -132,7 +132,7 @@ def _shared_product(x_GSgm: Tensor, shared_Gmn: Tensor) -> Tensor:
     kernels, and a sequence's bits would depend on how many there are."""
     num_sequences, g = x_GSgm.shape[1:3]
     rows = num_sequences * g
-    x_GRm = F.pad(x_GSgm.flatten(1, 2), (0, 0, 0, max(0, MIN_FLOAT32_ROWS - rows)))
+    x_GRm = F.pad(x_GSgm.flatten(1, 2), (0, 0, 0, max(0, MIN_ROWS[torch.float32] - rows)))
     out_GRn = torch.bmm(x_GRm, shared_Gmn)
     return out_GRn[:, :rows].view(-1, num_sequences, g, out_GRn.shape[2])
 

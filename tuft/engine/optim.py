@@ -31,9 +31,7 @@ def optim_step(adapter: Adapter, params: AdamParams) -> OptimStepResult:
     grad_norm = float(torch.linalg.vector_norm(adapter.gradients_P))
     if not math.isfinite(grad_norm):
         adapter.gradients_P.zero_()  # kept, they would fail every later step too
-        raise UserError(
-            f"gradients: global norm is {grad_norm}; must be finite. They were discarded: no step"
-        )
+        raise UserError(f"gradients: global norm is {grad_norm}; must be finite. They were discarded: no step")
     if params.grad_clip_norm > 0:
         adapter.gradients_P.mul_(min(1.0, params.grad_clip_norm / (grad_norm + _CLIP_EPS)))
     torch._fused_adamw_(

@@ -149,9 +149,7 @@ class Trainer:
         if adapter is None:
             raise NotFound(f"adapter_id: got {operation.adapter_id!r}; no such adapter is loaded")
         if operation.backward and not adapter.trainable:
-            raise InvalidInput(
-                "adapter_id", operation.adapter_id, "must be trainable, not frozen sampler weights"
-            )
+            raise InvalidInput("adapter_id", operation.adapter_id, "must be trainable, not frozen sampler weights")
         check_operation(operation, self.decoder.config)
         return _Pending(operation, adapter)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tuft.models.lora import LoraGroup, Segment
 
-MIN_FLOAT32_ROWS = 12
-"""MKL computes fewer rows with other kernels; from 12 on a row's result does not depend on how many there are."""
+MIN_ROWS = {torch.float32: 12, torch.bfloat16: 2}
+"""On a CPU, products of fewer rows have other kernels; from here on a row's result does not depend on their number."""
 
 _GRAIN_SIZE = 32_768
 """Elements up to which torch computes an elementwise function in one thread (at::internal::GRAIN_SIZE)."""
@@ -33,8 +33,8 @@ def base_product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) 
 
 
 def _padded(x_TK: Tensor) -> Tensor:
-    missing = MIN_FLOAT32_ROWS - x_TK.shape[0]
-    return F.pad(x_TK, (0, 0, 0, missing)) if missing > 0 and x_TK.dtype == torch.float32 else x_TK
+    missing = MIN_ROWS[x_TK.dtype] - x_TK.shape[0]
+    return F.pad(x_TK, (0, 0, 0, missing)) if missing > 0 else x_TK
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ class Operations:
         """The loss of ``data`` and, if ``backward``, its gradients, which accumulate. Future: LossResult."""
 
         def prepare(run: Run) -> RunLoss:
+            if run.status == "live" and not self._scheduler.is_live(run_id):
+                raise lost(run_id)
             check_loss(data, loss_fn, loss_fn_config, self._models.require(run.base_model))
             return RunLoss(run_id, data, loss_fn, tuple(loss_fn_config.items()), backward)
 

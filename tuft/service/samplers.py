@@ -174,6 +174,8 @@ class Samplers:
         model_path: str | None,
         directory: str | None,
     ) -> SamplerInfo:
+        if self._catalog.has_sampler(_sampler_id(session_id, sampling_session_seq_id)):
+            raise InvalidInput("sampling_session_seq_id", sampling_session_seq_id, "is taken in this session")
         sampler = SamplerInfo(
             sampler_id=_sampler_id(session_id, sampling_session_seq_id),
             tenant_id=tenant_id,

@@ -15,6 +15,8 @@ from tuft.errors import InvalidInput
 from tuft.types import AdamParams, BaseModelInfo, Datum, LoraSpec, SamplingParams
 
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+"""Logits divided by less overflow float32; by more, they are all the same."""
 
 
 def check_lora(spec: LoraSpec, limits: LimitsSection) -> None:
@@ -111,8 +113,9 @@ def check_sampling(
         raise InvalidInput("topk_prompt_logprobs", topk_prompt_logprobs, f"must be 0 to {min(1024, model.vocab_size)}")
     if params.max_tokens is not None and params.max_tokens < 1:
         raise InvalidInput("sampling_params.max_tokens", params.max_tokens, "must be at least 1")
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise InvalidInput("sampling_params.temperature", params.temperature, "must be finite and not negative")
+    if params.temperature != 0 and not MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE:
+        allowed = f"must be 0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        raise InvalidInput("sampling_params.temperature", params.temperature, allowed)
     if not 0 < params.top_p <= 1:
         raise InvalidInput("sampling_params.top_p", params.top_p, "must be above 0, and at most 1 (off)")
     if params.top_k != -1 and params.top_k < 1:

@@ -243,6 +243,10 @@ class Catalog:
         row = self._first(select(table).where(table.c.sampler_id == sampler_id, table.c.tenant_id == tenant.tenant_id))
         return None if row is None else _sampler(row)
 
+    def has_sampler(self, sampler_id: str) -> bool:
+        table = tables.samplers
+        return self._first(select(table.c.sampler_id).where(table.c.sampler_id == sampler_id)) is not None
+
     def samplers(self, tenant: Tenant, session_id: str) -> list[SamplerInfo]:
         table = tables.samplers
         query = select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id)
