@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ TOKENS = [5, 17, 80, 33, 150, 42, 7, 99, 12, 61, 200, 18]
 
 
 @pytest.fixture
-def client(tiny_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[tinker.ServiceClient]:
+def client(tiny_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> tinker.ServiceClient:
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    yield tinker.ServiceClient(base_url=tiny_server.url, api_key=tiny_server.key)
+    return tinker.ServiceClient(base_url=tiny_server.url, api_key=tiny_server.key)
 
 
 def train_client(client: tinker.ServiceClient, **options: object) -> tinker.TrainingClient:

@@ -18,7 +18,7 @@ from tuft.service.queue import Barrier
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
 from tuft.service.scheduler import Scheduler, lost
-from tuft.service.validation import check_adam, check_loss, check_ttl
+from tuft.service.validation import check_adam, check_loss, check_seq, check_ttl
 from tuft.types import AdamParams, AdapterState, Datum, FutureResult, SamplerSaved, WeightsSaved
 
 
@@ -122,6 +122,8 @@ class Operations:
                 valid_name(name, "path")
             elif sampling_session_seq_id is None:
                 raise InvalidInput("sampling_session_seq_id", None, "give it, or a path to name the weights")
+            else:
+                check_seq(sampling_session_seq_id, "sampling_session_seq_id")
             check_ttl(ttl_seconds)
 
             async def save() -> FutureResult:

@@ -16,7 +16,7 @@ from tuft.service.checkpoints import Checkpoints
 from tuft.service.models import BaseModels
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
-from tuft.service.validation import check_lora
+from tuft.service.validation import check_lora, check_seq
 from tuft.store.catalog import Catalog
 from tuft.types import AdapterState, FutureResult, LoraSpec, RunCreated, RunUnloaded, WeightsLoaded
 
@@ -165,8 +165,7 @@ class Runs:
         user_metadata: Mapping[str, str],
     ) -> Run:
         self._sessions.require(tenant, session_id)
-        if model_seq_id < 0:
-            raise InvalidInput("model_seq_id", model_seq_id, "must not be negative")
+        check_seq(model_seq_id, "model_seq_id")
         run_id = f"{session_id}:train:{model_seq_id}"
         known = self._open.get(run_id) or self._catalog.run(tenant, run_id)
         if known is not None:

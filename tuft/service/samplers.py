@@ -18,7 +18,7 @@ from tuft.service.checkpoints import Checkpoints
 from tuft.service.models import BaseModels
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
-from tuft.service.validation import check_sampling
+from tuft.service.validation import check_sampling, check_seq
 from tuft.store.catalog import Catalog
 from tuft.types import FutureResult, SamplingParams
 
@@ -60,6 +60,7 @@ class Samplers:
         A retry of (session, sampling_session_seq_id) gets the first call's. Raises InvalidInput or NotFound.
         """
         session = self._sessions.require(tenant, session_id)
+        check_seq(sampling_session_seq_id, "sampling_session_seq_id")
         known = self._catalog.sampler(tenant, _sampler_id(session_id, sampling_session_seq_id))
         if known is not None:
             return known

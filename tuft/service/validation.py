@@ -19,6 +19,12 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 """Logits divided by less overflow float32; by more, they are all the same."""
 
 
+def check_seq(seq_id: int, field: str) -> None:
+    """A client's own counter, kept as a 64-bit integer."""
+    if not 0 <= seq_id < 2**63:
+        raise InvalidInput(field, seq_id, "must be 0 to 2**63 - 1")
+
+
 def check_lora(spec: LoraSpec, limits: LimitsSection) -> None:
     if not 1 <= spec.rank <= limits.max_rank:
         raise InvalidInput("lora_config.rank", spec.rank, f"must be 1 to {limits.max_rank}")
