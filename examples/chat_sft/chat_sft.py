@@ -29,14 +29,18 @@ from conversations import ChatDataset, DatasetError, load_chats
 from curves import CURVES_FILE, METRICS_FILE, StepMetrics, append_metrics, plot_curves
 from render import TemplateError, to_data
 from rich.console import Console
-from settings import Settings, parse_settings
+from settings import DEFAULT_STEPS, Settings, parse_settings
 from tqdm import tqdm  # the plain bar: it works in a terminal and, without widgets, in Jupyter
 
 console = Console()
 
 
 def num_steps(settings: Settings, num_train: int) -> int:
-    return settings.steps or max(1, math.ceil(settings.epochs * num_train / settings.batch_size))
+    if settings.steps is not None:
+        return settings.steps
+    if settings.epochs is None:
+        return DEFAULT_STEPS
+    return max(1, math.ceil(settings.epochs * num_train / settings.batch_size))
 
 
 def batches(data: Sequence[tinker.Datum], settings: Settings) -> Iterator[list[tinker.Datum]]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+DEFAULT_STEPS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One run. `steps` None trains `epochs` times over the data."""
+    """One run. `steps` wins over `epochs` (passes over the training set); with neither it is DEFAULT_STEPS."""
 
     base_url: str = "http://localhost:10610"
     api_key: str = ""
@@ -24,8 +26,8 @@ class Settings:
     train_unembed: bool = False
     learning_rate: float = 1e-4
     schedule: Literal["linear", "constant"] = "linear"
-    steps: int | None = 100
-    epochs: float = 1.0
+    steps: int | None = None
+    epochs: float | None = None
     batch_size: int = 8
     max_tokens: int = 1024
     eval_every: int = 20
@@ -52,28 +54,30 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         default=None,
         help="hub id, .jsonl file of messages, or 'lighthouse'; default: no_robots of the hub",
     )
-    add("--rank", type=int, default=default.rank, help="LoRA rank")
+    add("--rank", type=_positive, default=default.rank, help="LoRA rank")
     add("--train-mlp", action=flag, default=default.train_mlp, help="adapt the MLP layers")
     add("--train-attn", action=flag, default=default.train_attn, help="adapt the attention layers")
     add("--train-unembed", action=flag, default=default.train_unembed, help="adapt the output head")
     add("--learning-rate", type=float, default=default.learning_rate, help="Adam's, at the first step")
     add("--schedule", choices=("linear", "constant"), default=default.schedule, help="linear: falls to 0")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
-    length.add_argument("--epochs", type=float, default=None, help="passes over the training set, instead of --steps")
-    add("--batch-size", type=int, default=default.batch_size, help="conversations a step")
-    add("--max-tokens", type=int, default=default.max_tokens, help="longer conversations are cut at their end")
-    add("--eval-every", type=int, default=default.eval_every, help="steps between two looks at the test set")
-    add("--num-test", type=int, default=default.num_test, help="most held-out conversations to measure on")
-    add("--max-train", type=int, default=None, help="use only so many conversations to train on")
-    add("--answer-tokens", type=int, default=default.answer_tokens, help="most tokens of an answer")
+    add("--steps", type=_positive, default=None, help=f"optimizer steps; without --epochs {DEFAULT_STEPS}")
+    add("--epochs", type=float, default=None, help="passes over the training set; --steps wins over it")
+    add("--batch-size", type=_positive, default=default.batch_size, help="conversations a step")
+    add("--max-tokens", type=_positive, default=default.max_tokens, help="longer conversations are cut at their end")
+    add("--eval-every", type=_positive, default=default.eval_every, help="steps between two looks at the test set")
+    add("--num-test", type=_positive, default=default.num_test, help="most held-out conversations to measure on")
+    add("--max-train", type=_positive, default=None, help="use only so many conversations to train on")
+    add("--answer-tokens", type=_positive, default=default.answer_tokens, help="most tokens of an answer")
     add("--seed", type=int, default=default.seed, help="of the adapter, the batches and a drawn test set")
     add("--out", type=Path, default=default.out, help="where the results go")
     options = vars(parser.parse_args(arguments))
     if not options["api_key"]:
         parser.error("no API key: give --api-key or set TINKER_API_KEY (`tuft launch` prints one)")
-    if options["epochs"] is None:
-        options["epochs"] = default.epochs
-    else:
-        options["steps"] = None
     return Settings(**options)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}; must be at least 1")
+    return value

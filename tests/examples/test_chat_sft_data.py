@@ -83,7 +83,7 @@ def test_contents_are_stripped() -> None:
 
 
 def test_an_epoch_gives_every_conversation_once() -> None:
-    options = Settings(steps=None, epochs=2, batch_size=5, seed=1)
+    options = Settings(epochs=2, batch_size=5, seed=1)
 
     drawn = list(batches(list(range(25)), options))  # type: ignore[arg-type]  # any sequence can be batched
 
@@ -91,6 +91,12 @@ def test_an_epoch_gives_every_conversation_once() -> None:
     assert sorted(x for batch in drawn[:5] for x in batch) == list(range(25))
     assert sorted(x for batch in drawn[5:] for x in batch) == list(range(25))
     assert drawn[:5] != drawn[5:]
+
+
+def test_steps_win_over_epochs_and_without_either_there_are_a_hundred() -> None:
+    assert num_steps(Settings(steps=7, epochs=2), num_train=80) == 7
+    assert num_steps(Settings(epochs=0.001), num_train=80) == 1
+    assert num_steps(Settings(), num_train=80) == 100
 
 
 def test_batches_larger_than_the_set_are_still_full() -> None:
@@ -112,6 +118,14 @@ def test_the_shipped_chats_are_one_voice_and_no_two_are_alike(smollm2: Any) -> N
     assert {len([m for m in chat if m["role"] == "assistant"]) for chat in train} >= {1, 2}
     assert any(chat[0]["role"] == "system" for chat in train)
     assert max(datum.model_input.length for datum in to_data(smollm2, train + test, 4096)) <= 512
+
+
+def test_a_count_below_one_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(["--api-key", "tml-x", "--eval-every", "0"])
+
+    assert raised.value.code == 2
+    assert "--eval-every: got 0; must be at least 1" in capsys.readouterr().err
 
 
 def test_held_out_prompts_end_before_the_first_answer() -> None:
@@ -136,5 +150,4 @@ def test_the_command_line_needs_a_key_and_takes_it_from_the_environment(
     monkeypatch.setenv("TINKER_API_KEY", "tml-from-env")
     assert parse_settings([]).api_key == "tml-from-env"
     assert parse_settings(["--api-key", "tml-given"]).api_key == "tml-given"
-    assert parse_settings(["--epochs", "3"]).steps is None
     assert os.environ["TINKER_API_KEY"] == "tml-from-env"

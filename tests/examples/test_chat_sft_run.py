@@ -19,7 +19,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 CHAT_SFT = REPOSITORY / "examples" / "chat_sft"
 DEMO = [sys.executable, str(CHAT_SFT / "demo.py")]
-SMALL = ["--batch-size", "2", "--num-test", "2", "--answer-tokens", "8", "--eval-every", "2"]
+SMALL = ["--batch-size", "2", "--num-test", "3", "--answer-tokens", "8", "--eval-every", "2"]
 API_KEY = "tml-of-the-notebook-test"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -106,25 +106,23 @@ class DecodeSpan:
         cache, prompt = self.cache, self.prompt
         cache.write(layer, k_SGd[:, None], v_SGd[:, None])
         num_sequences, num_heads, d = q_SHd.shape
-        G = k_SGd.shape[1]
-        g = num_heads // G
-        q_GSgd = q_SHd.view(num_sequences, G, g, d).transpose(0, 1).float().contiguous() * d**-0.5
-        shared = 0 if prompt is None else _whole_blocks(prompt.length)
+        by_group = (k_SGd.shape[1], num_sequences, num_heads // k_SGd.shape[1], -1)  # G, S, g, whatever is last
+        q_GSgd = q_SHd.view(num_sequences, by_group[0], by_group[2], d).transpose(0, 1).float().contiguous()
+        q_GSgd.mul_(d**-0.5)
         own = _whole_blocks(cache.length)
-        scores_GSgL = torch.empty(G, num_sequences, g, shared + own, device=q_SHd.device)
-        keys = cache.keys[layer, ..., :own].float().flatten(0, 1)
-        scores_GSgL[..., shared:] = torch.bmm(q_GSgd.flatten(0, 1), keys).view(G, num_sequences, g, own)
-        scores_GSgL[..., shared + cache.length :] = -torch.inf
+        scores = torch.bmm(q_GSgd.flatten(0, 1), cache.keys[layer, ..., :own].float().flatten(0, 1))
+        scores[..., cache.length :] = -torch.inf
         if prompt is not None:
-            keys = prompt.keys[layer, :, 0, :, :shared].float()
-            scores_GSgL[..., :shared] = _shared_product(q_GSgd, keys)
-            scores_GSgL[..., prompt.length : shared] = -torch.inf
-        probs_GSgL = torch.softmax(scores_GSgL, dim=-1)
-        values = cache.values[layer, :, :, :own].float().flatten(0, 1)
-        out_GSgd = torch.bmm(probs_GSgL[..., shared:].flatten(0, 1), values).view(G, num_sequences, g, d)
+            shared = _whole_blocks(prompt.length)
+            shared_GSgL = _shared_product(q_GSgd, prompt.keys[layer, :, 0, :, :shared].float())
+            shared_GSgL[..., prompt.length :] = -torch.inf
+            scores = torch.cat([scores, shared_GSgL.flatten(0, 1)], dim=-1)
+        probs = torch.softmax(scores, dim=-1)
+        out = torch.bmm(probs[..., :own], cache.values[layer, :, :, :own].float().flatten(0, 1))
         if prompt is not None:
-            out_GSgd += _shared_product(probs_GSgL[..., :shared], prompt.values[layer, :, 0, :shared].float())
-        return out_GSgd.transpose(0, 1).reshape(num_sequences, num_heads, d).to(q_SHd.dtype)
+            probs_GSgL = probs[..., own:].view(by_group)
+            out += _shared_product(probs_GSgL, prompt.values[layer, :, 0, :shared].float()).flatten(0, 1)
+        return out.view(by_group).transpose(0, 1).reshape(num_sequences, num_heads, d).to(q_SHd.dtype)
 
 
 def _shared_product(x_GSgm: Tensor, shared_Gmn: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class Scheduler:
         while True:
             self._dispatch()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout=_SWEEP_INTERVAL_S)
+                async with asyncio.timeout(_SWEEP_INTERVAL_S):  # wait_for can swallow a cancellation (CPython 86296)
+                    await self._wake.wait()
             self._wake.clear()
             if time.monotonic() - sweep_at_s >= _SWEEP_INTERVAL_S:
                 sweep_at_s = time.monotonic()

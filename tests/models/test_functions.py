@@ -1,0 +1,110 @@
+"""Every hand-written backward against autograd in float64, and rows that do not depend on their batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tuft.models.functions import AddRmsNorm, HeadRmsNorm, RotaryHeads, SwiGlu, base_product
+
+H, G, d = 4, 2, 16
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_function(ours: Callable[..., object], plain: Callable[..., object], *inputs: Tensor) -> None:
+    """Outputs and gradients of ``ours`` in float32 are those of ``plain`` in float64."""
+
+    def run(function: Callable[..., object], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        cotangents = [random(*out.shape, seed=number + 9).to(dtype) for number, out in enumerate(outputs)]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+    for actual, expected in zip(run(ours, torch.float32), run(plain, torch.float64), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def test_add_rms_norm() -> None:
+    weight_D = random(40, seed=5)
+    assert_same_function(
+        lambda residual, update: AddRmsNorm.apply(residual, update, weight_D, 1e-5),
+        lambda residual, update: (residual + update, rms_norm(residual + update, weight_D, 1e-5)),
+        random(7, 40),
+        random(7, 40, seed=1),
+    )
+
+
+def test_the_first_norm_starts_the_residual_stream() -> None:
+    weight_D = random(40, seed=5)
+    assert_same_function(
+        lambda update: AddRmsNorm.apply(None, update, weight_D, 1e-5),
+        lambda update: (update, rms_norm(update, weight_D, 1e-5)),
+        random(7, 40),
+    )
+
+
+def test_head_rms_norm() -> None:
+    weight_qkd = random(H + G, d, seed=5)
+
+    def plain(qkv_TN: Tensor) -> Tensor:
+        heads = qkv_TN.view(-1, H + 2 * G, d)
+        return torch.cat([rms_norm(heads[:, : H + G], weight_qkd, 1e-6), heads[:, H + G :]], dim=1).flatten(1)
+
+    assert_same_function(lambda qkv: HeadRmsNorm.apply(qkv, weight_qkd, 1e-6), plain, random(7, (H + 2 * G) * d))
+
+
+def test_rotary_heads() -> None:
+    angles_Th = random(7, d // 2, seed=5)
+    cos_T1d, sin_T1h = torch.cat([angles_Th, angles_Th], 1).cos().unsqueeze(1), angles_Th.sin().unsqueeze(1)
+
+    def plain(qkv_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = qkv_TN.view(-1, H + 2 * G, d)
+        first, second = heads[:, : H + G].chunk(2, dim=-1)
+        cos, sin = angles_Th.double().cos().unsqueeze(1), angles_Th.double().sin().unsqueeze(1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return rotated[:, :H], rotated[:, H:], heads[:, H + G :]
+
+    assert_same_function(lambda qkv: RotaryHeads.apply(qkv, cos_T1d, sin_T1h, H, G), plain, random(7, (H + 2 * G) * d))
+
+
+def test_swiglu() -> None:
+    def plain(gate_up_TN: Tensor) -> Tensor:
+        gate, up = gate_up_TN.chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up
+
+    assert_same_function(SwiGlu.apply, plain, random(7, 80))
+
+
+@pytest.mark.parametrize("num_columns", [72, 100, 1536])
+@pytest.mark.parametrize("num_rows", [1, 3, 17, 333, 511, 512])
+def test_a_row_of_swiglu_does_not_depend_on_the_other_rows(num_rows: int, num_columns: int) -> None:
+    all_rows = (3 * random(700, 2 * num_columns)).requires_grad_()
+    dout = random(700, num_columns, seed=1)
+    expected = SwiGlu.apply(all_rows)
+    (expected_gradient,) = torch.autograd.grad(expected, all_rows, dout)
+    some_rows = all_rows[5 : 5 + num_rows].detach().clone().requires_grad_()
+    actual = SwiGlu.apply(some_rows)
+    (gradient,) = torch.autograd.grad(actual, some_rows, dout[5 : 5 + num_rows])
+    assert torch.equal(actual, expected[5 : 5 + num_rows])
+    assert torch.equal(gradient, expected_gradient[5 : 5 + num_rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 7, 9, 11, 12, 33, 257])
+def test_a_row_of_a_base_product_does_not_depend_on_the_other_rows(num_rows: int, dtype: torch.dtype) -> None:
+    x_TK, weight_NK = random(600, 576).to(dtype), random(960, 576, seed=1).to(dtype)
+    expected = base_product(x_TK, weight_NK)
+    assert torch.equal(base_product(x_TK[3 : 3 + num_rows], weight_NK), expected[3 : 3 + num_rows])
+    back = base_product(expected, weight_NK.t())
+    assert torch.equal(base_product(expected[3 : 3 + num_rows], weight_NK.t()), back[3 : 3 + num_rows])
