@@ -52,6 +52,10 @@ def test_good_data_pass(datum: Datum) -> None:
         (operation(changed(weights=np.ones(2, np.float32))), "loss_fn_inputs.weights.shape: got (2,); must be that of"),
         (operation(changed(weights=np.array([1, np.nan, 1]))), "data[0].loss_fn_inputs.weights[1]: got nan; must be f"),
         (operation(changed(weights=np.array([1, 1, 1e39]))), "data[0].loss_fn_inputs.weights[2]: got 1e+39; must be f"),
+        (
+            operation(changed(weights=np.array(["a", "b", "c"]))),
+            "loss_fn_inputs.weights.dtype: got '<U1'; must be number",
+        ),
         (operation(changed(advantages=np.ones(3, np.float32))), "loss_fn_inputs.advantages: got 'present'"),
     ],
 )

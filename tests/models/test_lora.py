@@ -146,7 +146,7 @@ def test_bf16_views_follow_the_master_copy_once_it_is_marked() -> None:
     [
         (
             lambda s: with_array(s, Q_A, np.zeros((3, 64), np.float32)),
-            f"weights[{Q_A}].shape: got (3, 64); must be (4,",
+            f"weights[{Q_A}].shape: got (3, 64); must be (4",
         ),
         (lambda s: with_array(s, Q_A, np.full((4, 64), np.nan, np.float32)), f"weights[{Q_A}]: got 'NaN or infinity'"),
         (lambda s: with_array(s, "stray", np.zeros(1, np.float32)), "weights[stray]: got 'present'"),

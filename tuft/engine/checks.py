@@ -48,10 +48,13 @@ def _check_datum(where: str, datum: Datum, loss: Loss, config: DecoderConfig) ->
             raise InvalidInput(f"{inputs}.{name}", "present", "the loss has no such input")
         if array.shape != targets.shape:
             raise InvalidInput(f"{inputs}.{name}.shape", array.shape, f"must be that of target_tokens, {targets.shape}")
-        is_finite = np.isfinite(array.astype(np.float32))
+        if array.dtype.kind not in "fiu":
+            raise InvalidInput(f"{inputs}.{name}.dtype", str(array.dtype), "must be numbers")
+        with np.errstate(over="ignore"):
+            is_finite = np.isfinite(array.astype(np.float32))
         if not is_finite.all():
             place, value = _first(array, ~is_finite)
-            raise InvalidInput(f"{inputs}.{name}{place}", value, "must be finite")
+            raise InvalidInput(f"{inputs}.{name}{place}", value, "must be finite in float32")
 
 
 def _check_tokens(where: str, tokens: npt.NDArray[np.generic], vocab_size: int) -> None:

@@ -107,8 +107,8 @@ class DecodeSpan:
         cache.write(layer, k_SGd[:, None], v_SGd[:, None])
         num_sequences, num_heads, d = q_SHd.shape
         by_group = (k_SGd.shape[1], num_sequences, num_heads // k_SGd.shape[1], -1)  # G, S, g, whatever is last
-        q_GSgd = q_SHd.view(num_sequences, by_group[0], by_group[2], d).transpose(0, 1).float().contiguous()
-        q_GSgd.mul_(d**-0.5)
+        q_GSgd = q_SHd.view(num_sequences, by_group[0], by_group[2], d).transpose(0, 1)
+        q_GSgd = q_GSgd.to(torch.float32, copy=True, memory_format=torch.contiguous_format).mul_(d**-0.5)
         own = _whole_blocks(cache.length)
         scores = torch.bmm(q_GSgd.flatten(0, 1), cache.keys[layer, ..., :own].float().flatten(0, 1))
         scores[..., cache.length :] = -torch.inf

@@ -106,7 +106,7 @@ class Scheduler:
         while True:
             self._dispatch()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_SWEEP_INTERVAL_S):  # wait_for can swallow a cancellation (CPython 86296)
+                async with asyncio.timeout(_SWEEP_INTERVAL_S):  # before 3.12, wait_for can swallow a cancellation
                     await self._wake.wait()
             self._wake.clear()
             if time.monotonic() - sweep_at_s >= _SWEEP_INTERVAL_S:
