@@ -80,8 +80,8 @@ class LimitsSection(_Section):
 class KeySection(_Section):
     """An API key given by the configuration. ``tuft key create`` makes better ones: they are stored hashed."""
 
-    tenant: str = Field(min_length=1, max_length=64)
-    key: SecretStr
+    tenant: str = Field(min_length=1, max_length=64, description="whose key it is")
+    key: SecretStr = Field(description="the key itself; begins with tml-")
 
     @field_validator("key")
     @classmethod
