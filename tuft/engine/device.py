@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
 
     A step allocates and frees gigabytes in blocks of tens of megabytes; fetched afresh from the system, page by page,
     they took a fifth of a CPU step's time (see bench/RESULTS.md). The price: the process stays as large as its largest
-    step, which is bounded by ``micro_batch_tokens``. Call it once, before torch allocates much; nothing but glibc has it.
+    step, which is bounded by ``micro_batch_tokens``. Call it once, before torch allocates much. Only glibc has it.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -211,16 +211,17 @@ class RotaryHeads(torch.autograd.Function):
         return dheads.flatten(1), None, None, None, None
 
 
-def _whole_row_blocks(num_rows: int, num_columns: int, device: torch.device) -> list[int]:
+def _whole_row_blocks(x_TI: Tensor) -> list[int]:
     """Sizes of blocks of rows in which an elementwise function never cuts a row between two threads.
 
     torch cuts a CPU tensor into equal parts, one a thread, once it has more than ``_GRAIN_SIZE`` elements, and computes
     the last few elements of a part one by one: their exponentials differ in the last bit from vectorised ones. Cut at
     whole rows, a row's result does not depend on how many rows there are.
     """
+    num_rows, num_columns = x_TI.shape
     num_threads = torch.get_num_threads()
     even_rows = num_rows - num_rows % num_threads
-    if device.type != "cpu" or num_rows * num_columns <= _GRAIN_SIZE:
+    if x_TI.device.type != "cpu" or num_rows * num_columns <= _GRAIN_SIZE:
         return [num_rows]
     if even_rows * num_columns > (num_threads - 1) * _GRAIN_SIZE:
         return [even_rows] + [1] * (num_rows - even_rows)
@@ -236,7 +237,7 @@ class SwiGlu(torch.autograd.Function):
         gate_TI, up_TI = gate_up_TN.chunk(2, dim=1)
         ctx.save_for_backward(gate_up_TN)
         out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
-        blocks = _whole_row_blocks(*gate_TI.shape, gate_TI.device)
+        blocks = _whole_row_blocks(gate_TI)
         for gate_tI, out_tI in zip(gate_TI.split(blocks), out_TI.split(blocks), strict=True):
             torch.ops.aten.silu.out(gate_tI, out=out_tI)
         return out_TI.mul_(up_TI)
@@ -248,7 +249,7 @@ class SwiGlu(torch.autograd.Function):
         dgate_up_TN = torch.empty_like(gate_up_TN)
         dgate_TI, dup_TI = dgate_up_TN.chunk(2, dim=1)
         dsilu_TI = dout_TI * up_TI
-        blocks = _whole_row_blocks(*gate_TI.shape, gate_TI.device)
+        blocks = _whole_row_blocks(gate_TI)
         for gate_tI, dsilu_tI, dgate_tI, dup_tI in zip(
             *(x.split(blocks) for x in (gate_TI, dsilu_TI, dgate_TI, dup_TI)), strict=True
         ):

@@ -157,7 +157,7 @@ def exact_logits(
 
 
 def _argmax(logits_NV: Tensor) -> Tensor:
-    """As ``argmax(dim=-1)``, and five times as fast on a CPU: every block's maximum, then a look into the best block."""
+    """As ``argmax(dim=-1)``, five times as fast on a CPU: every block's maximum, then a look into the best block."""
     num_rows, width = logits_NV.shape
     blocks_NBb = logits_NV.view(num_rows, -1, gcd(width, 128))
     block_N = blocks_NBb.amax(dim=-1).argmax(dim=-1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BATCHED_LENGTHS = range(16, 513)
-"""Shorter, products are too small to be bit-equal in batches of any size; longer, score matrices take too much memory."""
+"""Shorter: products too small to be bit-equal in batches of any size. Longer: score matrices that take much memory."""
 
 
 class _TakeRows(torch.autograd.Function):
