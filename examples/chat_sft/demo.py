@@ -30,7 +30,7 @@ STOP_TIMEOUT_S = 45.0
 # The embedded model is tiny, and a tiny model takes a larger learning rate than the 1e-4 that suits big ones; the
 # measured curves are in docs/guides/chat-sft.md.
 DEMO_OPTIONS = ["--dataset", "lighthouse", "--rank", "8", "--learning-rate", "1e-3", "--epochs", "2",
-                "--batch-size", "8", "--eval-every", "10"]  # fmt: skip
+                "--batch-size", "4", "--eval-every", "21"]  # fmt: skip
 
 
 class DemoFailed(Exception):

@@ -149,7 +149,17 @@ def neighbour(decoder: Decoder, number: int) -> tuple[RunLoss, AdapterState]:
 @pytest.mark.parametrize("lengths", [MIXED_LENGTHS, (1,), (2, 3)], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_fused_equals_alone_bit_for_bit(precision: Precision, lengths: tuple[int, ...], num_neighbours: int) -> None:
-    decoder = tiny_decoder(precision)
+    assert_fused_equals_alone(tiny_decoder(precision), lengths, num_neighbours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_fused_equals_alone_bit_for_bit_with_the_embedded_model(precision: Precision) -> None:
+    assert_fused_equals_alone(Decoder(smollm2_weights(), precision, CPU), (100, 3, 64, 1, 17), num_neighbours=4)
+
+
+def assert_fused_equals_alone(decoder: Decoder, lengths: tuple[int, ...], num_neighbours: int) -> None:
+    """An operation's result and gradients do not change by one bit when others share its passes."""
     trainer = Trainer(decoder, 512)
     mine = cross_entropy("mine", random_data(decoder.config.vocab_size, lengths))
     state = random_adapter_state(decoder.config, LoraSpec(rank=5, seed=1))

@@ -61,10 +61,14 @@ class KvCache:
         self.values[layer, :, :, start : self.length] = v_SLGd.permute(2, 0, 1, 3)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget the sequences that are not in ``rows``."""
-        kept = torch.tensor(list(rows), device=self.keys.device)
-        self.keys = self.keys.index_select(2, kept)
-        self.values = self.values.index_select(2, kept)
+        """Forget the sequences that are not in ``rows``. Only what was written is copied."""
+        written = _whole_blocks(self.length)
+        keys, values = self.keys, self.values
+        self.keys = keys.new_empty(*keys.shape[:2], len(rows), *keys.shape[3:])
+        self.values = values.new_empty(*values.shape[:2], len(rows), *values.shape[3:])
+        for new, old in enumerate(rows):
+            self.keys[:, :, new, :, :written] = keys[:, :, old, :, :written]
+            self.values[:, :, new, :written] = values[:, :, old, :written]
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ class Sampler:
 
     @property
     def active(self) -> bool:
-        return bool(self._waiting or self._admitted or self._outcomes)
+        return bool(self._waiting or self._admitted)
 
     def add(self, key: Hashable, command: Sample, adapter: Adapter | None) -> None:
         """Queue ``command``; ``step`` will give back its outcome under ``key``.

@@ -114,11 +114,11 @@ class BatchedAttention(torch.autograd.Function):
 
 def _by_kv_head(x_THd: Tensor, num_kv_heads: int, length: int) -> Tensor:
     """``[B * G, H / G * L, d]``: for each sequence and key-value head the rows of all its heads."""
-    heads_BLGgd = x_THd.unflatten(1, (num_kv_heads, -1)).unflatten(0, (-1, length))
+    heads_BLGgd: Tensor = x_THd.unflatten(1, (num_kv_heads, -1)).unflatten(0, (-1, length))
     return heads_BLGgd.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
 
 
 def _by_row(x: Tensor, num_kv_heads: int, length: int) -> Tensor:
     """The inverse of ``_by_kv_head``."""
-    heads_BGgLd = x.unflatten(0, (-1, num_kv_heads)).unflatten(2, (-1, length))
+    heads_BGgLd: Tensor = x.unflatten(0, (-1, num_kv_heads)).unflatten(2, (-1, length))
     return heads_BGgLd.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
