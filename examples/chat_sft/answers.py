@@ -24,7 +24,7 @@ def held_out_prompts(dataset: ChatDataset, count: int = 3) -> list[list[Message]
 def ask(
     sampler: tinker.SamplingClient, tokenizer: Any, prompts: Sequence[Sequence[Message]], max_tokens: int
 ) -> list[str]:
-    """Greedy answers to all prompts, sampled together."""
+    """Greedy answers to all prompts, sampled together; one that was cut at `max_tokens` ends in " ..."."""
     params = tinker.SamplingParams(max_tokens=max_tokens, temperature=0.0)
     futures = [
         sampler.sample(
@@ -34,8 +34,12 @@ def ask(
         )
         for prompt in prompts
     ]
-    sampled = [future.result().sequences[0].tokens for future in futures]
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in sampled]
+    answers = []
+    for future in futures:
+        sequence = future.result().sequences[0]
+        text = tokenizer.decode(sequence.tokens, skip_special_tokens=True).strip()
+        answers.append(f"{text} ..." if sequence.stop_reason == "length" else text)
+    return answers
 
 
 def show_answers(

@@ -246,7 +246,9 @@ def run(settings: Settings, service: tinker.ServiceClient) -> int:
     paths = save(client, f"step-{history[-1].step}")
     write_run(settings, base_model, dataset, history, paths)
     if interrupted:
-        console.print(f"Stopped after step {history[-1].step}. Saved: {paths['state']}\n       {paths['sampler']}")
+        console.print(
+            f"Stopped after step {history[-1].step}. Saved {paths['state']} and {paths['sampler']}", soft_wrap=True
+        )
         return 130
 
     tuned_sampler = service.create_sampling_client(model_path=paths["sampler"]).result()

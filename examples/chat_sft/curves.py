@@ -55,8 +55,8 @@ def plot_curves(history: Sequence[StepMetrics], path: Path, title: str) -> None:
         axes.plot(steps, _running_mean(nll), color="tab:blue", linewidth=2, label="train, mean of 10 batches")
     if test:
         axes.plot(*zip(*test, strict=True), color="tab:orange", marker="o", linewidth=2, label="test (held out)")
-        for step, value in (test[0], test[-1]):
-            axes.annotate(f"{value:.2f}", (step, value), xytext=(0, 8), textcoords="offset points", ha="center")
+        for (step, value), offset, side in ((test[0], (12, 0), "left"), (test[-1], (0, 10), "right")):
+            axes.annotate(f"test {value:.2f}", (step, value), xytext=offset, textcoords="offset points", ha=side)
     axes.margins(y=0.12)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -84,9 +84,15 @@ def to_datum(chat: RenderedChat, max_tokens: int) -> tinker.Datum:
 
 
 def to_data(tokenizer: Any, conversations: Sequence[Sequence[Message]], max_tokens: int) -> list[tinker.Datum]:
-    """Every conversation as a datum, without those of which no assistant token is left within `max_tokens`."""
+    """Every conversation as a datum, without those of which no assistant token is left within `max_tokens`.
+
+    Raises ValueError if that leaves none.
+    """
     data = [to_datum(render_chat(tokenizer, messages), max_tokens) for messages in conversations]
-    return [datum for datum in data if any(datum.loss_fn_inputs["weights"].data)]
+    kept = [datum for datum in data if any(datum.loss_fn_inputs["weights"].data)]
+    if not kept:
+        raise ValueError(f"max_tokens: got {max_tokens}; none of {len(data)} conversations has an answer that early")
+    return kept
 
 
 def _require_prefix(tokenizer: Any, prefix: list[int], tokens: list[int], turn: int, problem: str) -> None:

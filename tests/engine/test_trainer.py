@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.engine.reference import (
     smollm2_transformers,
     smollm2_weights,
 )
-from tests.models.tiny import TINY_KINDS, TinyKind, make_tiny_model
+from tests.models.tiny import TINY_KINDS, VOCAB_SIZE, TinyKind, make_tiny_model
 from tuft.engine.base import RunLoss
 from tuft.engine.losses import LOSSES, Loss, LossRecord, LossTerms
 from tuft.engine.optim import optim_step
@@ -35,6 +35,8 @@ from tuft.types import AdamParams, AdapterState, Datum, LoraSpec, LossResult
 
 TOLERANCE = 1e-4
 ADAM = AdamParams(learning_rate=1e-3, eps=1e-8, weight_decay=0.1, grad_clip_norm=1.0)
+# "The sky is blue because air scatters short waves of light more than long ones. At sunset the" for SmolLM2
+TEXT = [504, 6376, 314, 4461, 975, 1512, 806, 42154, 1890, 6147, 282, 1420, 540, 670, 986, 2911, 30, 1814, 21822, 260]
 MIXED_LENGTHS = (3, 17, 1, 9, 2, 17, 30, 1)
 
 
@@ -63,28 +65,24 @@ def cross_entropy(adapter_id: str, data: tuple[Datum, ...], backward: bool = Tru
 def assert_trains_like_peft(
     decoder: Decoder,
     base: torch.nn.Module,
-    spec: LoraSpec,
-    lengths: Sequence[int],
-    gradient_tolerance: float = 1e-5,
+    state: AdapterState,
+    data_of_pass: Callable[[int], tuple[Datum, ...]],
 ) -> None:
     """Losses, logprobs, every gradient of the first step, and the weights after five steps of two passes each."""
-    state = random_adapter_state(decoder.config, spec)
     adapter, trainer, reference = load_adapter(decoder, state), Trainer(decoder, 64), PeftReference(base, state)
     optimizer = reference.optimizer(ADAM)
     for step in range(5):
         for part in range(2):
-            data = random_data(decoder.config.vocab_size, lengths, seed=2 * step + part)
+            data = data_of_pass(2 * step + part)
             expected_loss, expected_logprobs = reference.forward_backward(data)
             result = run_one(trainer, cross_entropy("a", data), adapter)
             assert result.metrics["loss:sum"] == pytest.approx(expected_loss, rel=TOLERANCE, abs=1e-2)
             for actual, expected in zip(result.logprobs, expected_logprobs, strict=True):
                 np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=1e-4)
-        gradients = adapter.state(with_optimizer=True).gradients
-        for name, expected in reference.gradients().items():
-            if (
-                step == 0
-            ):  # Adam's first steps are signs of gradients: later ones differ where a gradient is almost zero
-                assert relative_error(gradients[name], expected) < gradient_tolerance, name
+        if step == 0:  # Adam's first steps are signs of gradients: later ones differ where a gradient is almost zero
+            gradients = adapter.state(with_optimizer=True).gradients
+            for name, expected in reference.gradients().items():
+                assert relative_error(gradients[name], expected) < TOLERANCE, name
         expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters.values(), ADAM.grad_clip_norm)
         metrics = optim_step(adapter, ADAM).metrics
         optimizer.step()
@@ -95,6 +93,10 @@ def assert_trains_like_peft(
         assert relative_error(weights[name], expected) < TOLERANCE, name
 
 
+def random_tiny_data(seed: int) -> tuple[Datum, ...]:
+    return random_data(VOCAB_SIZE, (5, 9, 1, 33, 9, 40), seed)
+
+
 @pytest.mark.parametrize("train_unembed", [True, False])
 @pytest.mark.parametrize("kind", TINY_KINDS)
 def test_every_architecture_trains_as_under_transformers_and_peft(
@@ -103,7 +105,8 @@ def test_every_architecture_trains_as_under_transformers_and_peft(
     directory = make_tiny_model(kind, tmp_path)
     decoder = Decoder(load_weights(str(directory)), "float32", CPU)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    assert_trains_like_peft(decoder, base, LoraSpec(rank=4, seed=1, train_unembed=train_unembed), (5, 9, 1, 33, 9, 40))
+    state = random_adapter_state(decoder.config, LoraSpec(rank=4, seed=1, train_unembed=train_unembed))
+    assert_trains_like_peft(decoder, base, state, random_tiny_data)
 
 
 @pytest.mark.parametrize(("train_attn", "train_mlp"), [(True, False), (False, True)])
@@ -112,7 +115,7 @@ def test_only_the_chosen_linears_are_trained(train_attn: bool, train_mlp: bool, 
     decoder = Decoder(load_weights(str(directory)), "float32", CPU)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     spec = LoraSpec(rank=3, seed=1, train_attn=train_attn, train_mlp=train_mlp, train_unembed=False)
-    assert_trains_like_peft(decoder, base, spec, (7, 12))
+    assert_trains_like_peft(decoder, base, random_adapter_state(decoder.config, spec), random_tiny_data)
 
 
 @pytest.mark.slow
@@ -120,7 +123,23 @@ def test_only_the_chosen_linears_are_trained(train_attn: bool, train_mlp: bool, 
 def test_the_embedded_model_trains_as_under_transformers_and_peft(train_unembed: bool) -> None:
     decoder = Decoder(smollm2_weights(), "float32", CPU)
     spec = LoraSpec(rank=8, seed=1, train_unembed=train_unembed)
-    assert_trains_like_peft(decoder, smollm2_transformers(), spec, (6, 11), gradient_tolerance=2e-4)
+    state = random_adapter_state(decoder.config, spec, size=0.02)
+    assert_trains_like_peft(decoder, smollm2_transformers(), state, text_data)
+
+
+def text_data(seed: int) -> tuple[Datum, ...]:
+    """Text, since on random tokens the real model amplifies float32's own rounding to 1e-4 of a gradient."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        Datum(
+            np.array(TEXT[start:stop]),
+            {
+                "target_tokens": np.array(TEXT[start + 1 : stop + 1]),
+                "weights": rng.normal(1, 1, stop - start).astype(np.float32),
+            },
+        )
+        for start, stop in ((0, 7), (7, 18))
+    )
 
 
 @cache

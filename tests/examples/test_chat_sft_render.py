@@ -87,6 +87,8 @@ def test_a_long_conversation_is_cut_and_one_without_answers_left_is_dropped(smol
     data = to_data(smollm2, [long_answer, long_question], max_tokens=64)
 
     assert [datum.model_input.length for datum in data] == [64]
+    with pytest.raises(ValueError, match="max_tokens: got 64; none of 1 conversations"):
+        to_data(smollm2, [long_question], max_tokens=64)
 
 
 @pytest.mark.parametrize(
