@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,8 +55,24 @@ def main(arguments: Sequence[str]) -> int:
         print("\nStopped.", file=sys.stderr)
         return 130
     if exit_code == 0:
-        print(f"The adapter is kept in {home}: `tuft launch --home {home}` serves it again")
+        adapter = keep_adapter(home)
+        print(f"Adapter    {adapter} (PEFT's format); `tuft launch --home {home}` serves it again")
     return exit_code
+
+
+def keep_adapter(home: Path) -> Path:
+    """Copy the newest sampler weights out of the server's home, as `peft.PeftModel.from_pretrained` reads them."""
+    saved = [
+        config.parent
+        for config in home.glob("checkpoints/*/*/*/adapter_config.json")
+        if not (config.parent / "optimizer.safetensors").exists()
+    ]
+    newest = max(saved, key=lambda directory: directory.stat().st_mtime)
+    adapter = home.parent / "adapter"
+    adapter.mkdir(exist_ok=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(newest / name, adapter / name)
+    return adapter
 
 
 @contextmanager

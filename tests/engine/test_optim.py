@@ -60,6 +60,14 @@ def test_ten_steps_are_those_of_torch(grad_clip_norm: float, weight_decay: float
     assert not adapter.gradients_P.any()
 
 
+def test_the_norm_of_millions_of_gradients_is_exact() -> None:
+    shapes = {name: (size[0] * 64, size[1] * 64) for name, size in SHAPES.items()}
+    adapter = Adapter.initialised(shapes, LoraSpec(rank=64, seed=0), CPU)
+    adapter.gradients_P.normal_(generator=torch.Generator().manual_seed(0))
+    expected = float(adapter.gradients_P.double().norm())
+    assert optim_step(adapter, AdamParams()).metrics["grad_norm:mean"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_step_without_gradients_only_decays_weights() -> None:
     adapter = new_adapter()
     before_P = adapter.params_P.clone()

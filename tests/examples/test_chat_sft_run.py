@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import peft
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,6 +51,8 @@ def test_the_demo_trains_asks_saves_and_leaves_nothing_running(tmp_path: Path) -
     assert rows[0]["train_nll"] is None
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "answers.md").read_text().count("**After**") == 3
+    assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").r == 8
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 1_000_000
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["checkpoints"]["sampler"].startswith("tinker://")
     assert "api_key" not in run["settings"]

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuft.models.functions import AddRmsNorm, HeadRmsNorm, RotaryHeads, SwiGlu, base_product
+from tuft.models.functions import (
+    MAX_PACKED_ROWS,
+    AddRmsNorm,
+    HeadRmsNorm,
+    LoraRows,
+    RotaryHeads,
+    SwiGlu,
+    add_lora,
+    base_product,
+    packed_product,
+    packed_weight,
+)
+from tuft.models.lora import LoraGroup
 
 H, G, d = 4, 2, 16
 
@@ -108,3 +120,28 @@ def test_a_row_of_a_base_product_does_not_depend_on_the_other_rows(num_rows: int
     assert torch.equal(base_product(x_TK[3 : 3 + num_rows], weight_NK), expected[3 : 3 + num_rows])
     back = base_product(expected, weight_NK.t())
     assert torch.equal(base_product(expected[3 : 3 + num_rows], weight_NK.t()), back[3 : 3 + num_rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 7, 9, 11, 12, 33])
+def test_a_row_of_a_lora_product_does_not_depend_on_the_other_rows(num_rows: int, dtype: torch.dtype) -> None:
+    x_TK, y_TN = random(60, 1536).to(dtype), random(60, 960, seed=3).to(dtype)
+    group = LoraGroup(
+        random(24, 1536, seed=1).to(dtype), tuple(random(n, 8, seed=n).to(dtype) for n in (576, 192, 192))
+    )
+
+    def added(first: int, last: int) -> Tensor:
+        y = y_TN[first:last].clone()
+        add_lora(y, x_TK[first:last], [LoraRows(0, last - first, 0.5, group, None)])
+        return y
+
+    assert torch.equal(added(6, 6 + num_rows), added(0, 60)[6 : 6 + num_rows])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, MAX_PACKED_ROWS])
+@pytest.mark.parametrize("in_features", [64, 576, 1536])
+def test_a_packed_product_has_the_bits_of_the_plain_one(num_rows: int, in_features: int) -> None:
+    x_TK, weight_NK = random(num_rows, in_features).bfloat16(), random(5000, in_features, seed=1).bfloat16()
+    packed = packed_weight(weight_NK)
+    assert packed is not None
+    assert torch.equal(packed_product(x_TK, packed), base_product(x_TK, weight_NK))

@@ -28,7 +28,8 @@ def optim_step(adapter: Adapter, params: AdamParams) -> OptimStepResult:
     for name, beta in (("beta1", params.beta1), ("beta2", params.beta2)):
         if beta >= 1:
             raise InvalidInput(f"adam_params.{name}", beta, "must be below 1")
-    grad_norm = float(torch.linalg.vector_norm(adapter.gradients_P))
+    # millions of squares in one float32 sum are wrong in the fourth digit
+    grad_norm = float(torch.linalg.vector_norm(adapter.gradients_P, dtype=torch.float64))
     if not math.isfinite(grad_norm):
         adapter.gradients_P.zero_()  # kept, they would fail every later step too
         raise UserError(f"gradients: global norm is {grad_norm}; must be finite. They were discarded: no step")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tuft.models.architecture import DecoderConfig
 from tuft.models.functions import (
+    MAX_PACKED_ROWS,
     AddRmsNorm,
     HeadRmsNorm,
     LoraLinear,
@@ -24,6 +25,8 @@ from tuft.models.functions import (
     add_lora,
     base_product,
     lora_rows,
+    packed_product,
+    packed_weight,
 )
 from tuft.models.load import LoadedWeights
 from tuft.models.lora import LM_HEAD, Segment, group_key
@@ -71,6 +74,7 @@ class Decoder:
         self.embed_VD = tensors["model.embed_tokens.weight"].to(device, self.dtype)
         head = tensors.get("lm_head.weight")
         self.head_VD = self.embed_VD if head is None else head.to(device, self.dtype)
+        self._packed_head = packed_weight(self.head_VD)
         self.final_norm_D = tensors["model.norm.weight"].to(device, torch.float32)
         self._layers = [self._layer(tensors, layer) for layer in range(self.config.num_layers)]
         self._cos_Cd, self._sin_Ch = self._rope_tables()
@@ -143,6 +147,9 @@ class Decoder:
     def logits(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Logits ``[N, V]`` in the compute dtype, unembedding LoRA included; no gradients."""
         with torch.no_grad():
-            logits_NV = base_product(x_ND, self.head_VD)
+            if self._packed_head is not None and len(x_ND) <= MAX_PACKED_ROWS:
+                logits_NV = packed_product(x_ND, self._packed_head)
+            else:
+                logits_NV = base_product(x_ND, self.head_VD)
             add_lora(logits_NV, x_ND, lora_rows(segments, LM_HEAD, self.dtype))
         return logits_NV

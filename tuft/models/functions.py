@@ -23,6 +23,9 @@ from tuft.models.lora import LoraGroup, Segment
 MIN_ROWS = {torch.float32: 12, torch.bfloat16: 2}
 """On a CPU, products of fewer rows have other kernels; from here on a row's result does not depend on their number."""
 
+MAX_PACKED_ROWS = 32
+"""More rows are as fast in the plain product."""
+
 _GRAIN_SIZE = 32_768
 """Elements up to which torch computes an elementwise function in one thread (at::internal::GRAIN_SIZE)."""
 
@@ -30,6 +33,21 @@ _GRAIN_SIZE = 32_768
 def base_product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x_TK @ weight_NK.T + bias_N``; each row's result is bit-equal in whatever batch the row stands."""
     return F.linear(_padded(x_TK), weight_NK, bias_N)[: x_TK.shape[0]]
+
+
+def packed_weight(weight_NK: Tensor) -> Tensor | None:
+    """A copy in the order in which oneDNN reads it, for products of few rows: 2 to 4 times faster, since nothing is
+    reordered on every call. None where there is no such product."""
+    if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, MAX_PACKED_ROWS)
+    return packed
+
+
+def packed_product(x_TK: Tensor, packed_NK: Tensor) -> Tensor:
+    """``base_product`` of a ``packed_weight``, bit-equal to it."""
+    y_TN: Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x_TK), packed_NK, None, "none", [], "")
+    return y_TN[: x_TK.shape[0]]
 
 
 def _padded(x_TK: Tensor) -> Tensor:
@@ -66,14 +84,18 @@ def add_lora(y_TN: Tensor, x_TK: Tensor, rows: Sequence[LoraRows]) -> list[Tenso
         h_tR = base_product(x_TK[part.start : part.stop], part.group.A_RK).mul_(part.scale)
         column = 0
         for h_tr, B_Nr in zip(h_tR.chunk(len(part.group.Bs_Nr), dim=1), part.group.Bs_Nr, strict=True):
-            y_tN = y_TN[part.start : part.stop, column : column + B_Nr.shape[0]]
-            padded_tN = _padded(y_tN)
-            padded_tN.addmm_(_padded(h_tr), B_Nr.t())
-            if padded_tN is not y_tN:
-                y_tN.copy_(padded_tN[: y_tN.shape[0]])
+            _add_product(y_TN[part.start : part.stop, column : column + B_Nr.shape[0]], h_tr, B_Nr)
             column += B_Nr.shape[0]
         scaled.append(h_tR)
     return scaled
+
+
+def _add_product(y_tN: Tensor, h_tr: Tensor, B_Nr: Tensor) -> None:
+    """``y += h @ B.T``, bit-equal for any number of rows. In bf16 it is so by itself: a rank is a short inner size."""
+    if h_tr.dtype == torch.bfloat16 or h_tr.shape[0] >= MIN_ROWS[h_tr.dtype]:
+        y_tN.addmm_(h_tr, B_Nr.t())
+    else:
+        y_tN.copy_(_padded(y_tN).addmm_(_padded(h_tr), B_Nr.t())[: y_tN.shape[0]])
 
 
 def lora_backward(dy_TN: Tensor, x_TK: Tensor, dx_TK: Tensor, rows: Sequence[LoraRows], scaled: list[Tensor]) -> None:
