@@ -43,7 +43,7 @@ check: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@$(BIN)/python bench/train_step.py
+	@$(BIN)/python -m bench.train_step
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

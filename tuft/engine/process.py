@@ -27,10 +27,12 @@ def main() -> None:
     inbox: SimpleQueue[Batch] = SimpleQueue()
     threading.Thread(target=_read, args=(mailbox, inbox), name="engine-reader", daemon=True).start()
 
+    from tuft.engine.device import keep_freed_memory
     from tuft.engine.executor import Executor  # torch: after the reader has begun to watch for the parent's end
     from tuft.engine.failures import engine_error
     from tuft.engine.loaded import load_models
 
+    keep_freed_memory()
     try:
         models = load_models(setup.sources, setup.settings)
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent is told)
