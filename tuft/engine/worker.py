@@ -196,8 +196,9 @@ def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
         [sys.executable, "-P", "-m", "tuft.engine.process", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
-        # OpenMP's threads would spin between products; beside any other busy process that costs tenfold
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path},
+        # OpenMP's threads spin while they wait for each other: beside another busy process a step then takes many times
+        # as long. Sleeping at once would halve the speed of decoding; a short spin costs neither (bench/RESULTS.md)
+        env={"GOMP_SPINCOUNT": "1000", **os.environ, "PYTHONPATH": path},
     )
 
 
