@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tuft.models.architecture import DecoderConfig
 from tuft.models.functions import MIN_ROWS
+from tuft.models.packed import causal_attention
 
 BLOCK_TOKENS = 16
 """Positions a cache grows by: 64 bytes of float32, one cache line."""
@@ -82,17 +83,15 @@ class PromptSpan:
     def attend(self, layer: int, q_LHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
         cache = self.cache
         cache.write(layer, k_LGd[None], v_LGd[None])
-        q_1HLd, k_1GLd, v_1GLd = (x.transpose(0, 1)[None] for x in (q_LHd, k_LGd, v_LGd))
-        before = cache.length - q_LHd.shape[0]
+        num_tokens = q_LHd.shape[0]
+        before = cache.length - num_tokens
         if before == 0:  # exactly what the trainer computes
-            out_1HLd = F.scaled_dot_product_attention(q_1HLd, k_1GLd, v_1GLd, is_causal=True, enable_gqa=True)
-        else:
-            keys_1GLd = cache.keys[layer, :, 0, :, : cache.length].transpose(1, 2)[None].contiguous()
-            values_1GLd = cache.values[layer, :, 0, : cache.length][None]
-            mask_LL = torch.ones(q_LHd.shape[0], cache.length, dtype=torch.bool, device=q_LHd.device).tril(before)
-            out_1HLd = F.scaled_dot_product_attention(
-                q_1HLd, keys_1GLd, values_1GLd, attn_mask=mask_LL, enable_gqa=True
-            )
+            return causal_attention(q_LHd, k_LGd, v_LGd, num_tokens)
+        q_1HLd = q_LHd.transpose(0, 1)[None]
+        keys_1GLd = cache.keys[layer, :, 0, :, : cache.length].transpose(1, 2)[None].contiguous()
+        values_1GLd = cache.values[layer, :, 0, : cache.length][None]
+        mask_LL = torch.ones(num_tokens, cache.length, dtype=torch.bool, device=q_LHd.device).tril(before)
+        out_1HLd = F.scaled_dot_product_attention(q_1HLd, keys_1GLd, values_1GLd, attn_mask=mask_LL, enable_gqa=True)
         return out_1HLd[0].transpose(0, 1)
 
 

@@ -5,11 +5,10 @@ A call that cannot be honoured fails through its future, so that its seq is cons
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tuft.engine.base import CopyAdapter, Engine, ExportAdapter, OptimStep, RunLoss
+from tuft.engine.base import CopyAdapter, ExportAdapter, OptimStep, RunLoss
 from tuft.errors import InvalidInput, TuftError
 from tuft.records import CheckpointPath, Run, Tenant, valid_name
 from tuft.service.checkpoints import Checkpoints
@@ -27,14 +26,12 @@ class Operations:
 
     def __init__(
         self,
-        engine: Engine,
         scheduler: Scheduler,
         models: BaseModels,
         runs: Runs,
         checkpoints: Checkpoints,
         samplers: Samplers,
     ) -> None:
-        self._engine = engine
         self._scheduler = scheduler
         self._models = models
         self._runs = runs
@@ -176,8 +173,7 @@ class Operations:
     async def _ask(self, run: Run, command: OptimStep | ExportAdapter | CopyAdapter) -> Any:
         if not self._scheduler.is_live(run.run_id):
             raise lost(run.run_id)
-        (reply,) = self._engine.submit([command])
-        return await asyncio.wrap_future(reply)
+        return await self._scheduler.ask(command)
 
     async def _copy(self, run: Run, directory: str) -> None:
         await self._ask(run, CopyAdapter(run.run_id, directory))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 from tuft.config import LimitsSection
 from tuft.engine.base import Command, CreateAdapter, DropAdapter, Engine, LoadAdapter
@@ -136,7 +134,7 @@ class Runs:
         run = self.get(tenant, run_id)
 
         async def end() -> FutureResult:
-            await self._ask(DropAdapter(run_id))
+            await self._scheduler.ask(DropAdapter(run_id))
             return RunUnloaded(run_id)
 
         self._close(run, "unloaded" if run.status in ("creating", "live") else run.status)
@@ -196,17 +194,13 @@ class Runs:
 
     async def _begin(self, run: Run, command: Command) -> None:
         try:
-            await self._ask(command)
+            await self._scheduler.ask(command)
         except TuftError:
             if run.status == "creating":
                 self._close(run, "failed")
             raise
         self._scheduler.mark_live(run.run_id)
         self._set_status(run, "live")
-
-    async def _ask(self, command: Command) -> Any:
-        (reply,) = self._engine.submit([command])
-        return await asyncio.wrap_future(reply)
 
     def _set_status(self, run: Run, status: RunStatus) -> None:
         if run.status != status:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from typing import Any
 
 from tuft.config import LimitsSection
-from tuft.engine.base import Command, DropAdapter, Engine, LoadAdapter, Sample
+from tuft.engine.base import DropAdapter, Engine, LoadAdapter, Sample
 from tuft.errors import InvalidInput, NotFound
 from tuft.records import Run, SamplerInfo, Tenant, now
 from tuft.service.checkpoints import Checkpoints
@@ -126,7 +125,7 @@ class Samplers:
         async def run() -> FutureResult:
             if sampler.directory is not None:
                 await self._ensure_resident(sampler.directory, sampler.base_model)
-            result: FutureResult = await self._ask(command)
+            result: FutureResult = await self._scheduler.ask(command)
             return result
 
         future_id = self._scheduler.start(tenant.tenant_id, run)
@@ -159,12 +158,8 @@ class Samplers:
 
     async def _load(self, directory: str, base_model: str) -> None:
         state = await self._checkpoints.read(directory, with_optimizer=False)
-        await self._ask(LoadAdapter(directory, base_model, state, trainable=False))
+        await self._scheduler.ask(LoadAdapter(directory, base_model, state, trainable=False))
         self.note_resident(directory)
-
-    async def _ask(self, command: Command) -> Any:
-        (reply,) = self._engine.submit([command])
-        return await asyncio.wrap_future(reply)
 
     def _add(
         self,

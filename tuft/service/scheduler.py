@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from tuft.engine.base import Engine, RunLoss
+from tuft.engine.base import Command, Engine, RunLoss
 from tuft.errors import RunLost, TuftError
 from tuft.records import Run
 from tuft.service.futures import Futures, failure, outcome
@@ -95,6 +95,11 @@ class Scheduler:
 
         self._spawn(settle())
         return future_id
+
+    async def ask(self, command: Command) -> Any:
+        """The engine's reply to one command, after everything submitted before it. Raises what it ended with."""
+        (reply,) = self._engine.submit([command])
+        return await asyncio.wrap_future(reply)
 
     def knows(self, future_id: str) -> bool:
         """True while the future's result is pending or kept."""

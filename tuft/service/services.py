@@ -53,7 +53,7 @@ class Services:
         parts = (catalog, engine, self._scheduler, self.models, self.sessions, self.checkpoints, limits)
         self.runs = Runs(*parts)
         self.samplers = Samplers(*parts)
-        self.operations = Operations(engine, self._scheduler, self.models, self.runs, self.checkpoints, self.samplers)
+        self.operations = Operations(self._scheduler, self.models, self.runs, self.checkpoints, self.samplers)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
