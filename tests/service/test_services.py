@@ -125,6 +125,20 @@ async def test_a_finished_sessions_runs_are_unloaded_and_say_so(
     assert "unloaded" in after.message
 
 
+async def test_a_finished_sessions_ephemeral_weights_are_deleted_and_its_checkpoints_kept(
+    services: Services, alice: Tenant, session: Session, run_id: str, settled: Settled
+) -> None:
+    await settled(services.operations.save_weights_for_sampler(alice, run_id, 1, None, 1, None, {}))
+    await settled(services.operations.save_weights_for_sampler(alice, run_id, 2, "named", None, None, {}))
+    root = services.config.home / "checkpoints"
+    services.samplers.sweep()
+    assert len(list(root.glob("*/*/*/manifest.json"))) == 2
+    services.sessions.finish(alice, session.session_id, "success", None)
+    services.samplers.sweep()
+    (kept,) = root.glob("*/*/*/manifest.json")
+    assert kept.parent.name.startswith("named-")
+
+
 async def test_samplers_beyond_the_limit_leave_and_come_back_from_disk(
     services: Services, alice: Tenant, run_id: str, settled: Settled
 ) -> None:

@@ -49,5 +49,13 @@ def test_no_key_is_unauthorized(catalog: Catalog, key: str | None) -> None:
 
 def test_a_key_without_the_sdks_prefix_is_refused_and_not_shown(catalog: Catalog) -> None:
     with pytest.raises(InvalidInput, match="tml-") as caught:
-        Tenants(catalog).add_key("alice", "my-own-long-secret")
+        Tenants(catalog).accept("alice", "my-own-long-secret")
     assert "my-own" not in str(caught.value)
+
+
+def test_a_configured_key_opens_the_door_only_while_it_is_configured(catalog: Catalog) -> None:
+    tenants = Tenants(catalog)
+    tenants.accept("alice", "tml-configured")
+    assert tenants.authenticate("tml-configured") == tenants.authenticate(tenants.create_key("alice"))
+    with pytest.raises(Unauthorized):
+        Tenants(catalog).authenticate("tml-configured")  # as after a restart without it

@@ -113,7 +113,6 @@ def test_runs_that_were_live_are_lost_after_a_restart(catalog: Catalog) -> None:
 
 def test_a_key_belongs_to_its_tenant(catalog: Catalog) -> None:
     catalog.add_key(ALICE, "hash", "1234")
-    catalog.add_key(ALICE, "hash", "1234")
     assert catalog.tenant_of_key("hash") == ALICE
     assert catalog.tenant_of_key("other") is None
 

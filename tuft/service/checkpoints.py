@@ -40,11 +40,15 @@ class Checkpoints:
         return (training[0] if training else None), (sampler[0] if sampler else None)
 
     def delete(self, tenant: Tenant, tinker_path: str) -> None:
-        """Forget the name; its files go at the next sweep unless a sampler still reads them."""
+        """Forget the name; its files go too, unless a sampler still reads them."""
         checkpoint = self.get(tenant, tinker_path)
         self._catalog.delete_checkpoint(checkpoint.path)
-        if checkpoint.directory not in self._catalog.live_directories():
-            delete_adapter(self._root, checkpoint.directory)
+        self.discard(checkpoint.directory)
+
+    def discard(self, directory: str) -> None:
+        """Delete the files of ``directory`` unless a row still names it."""
+        if directory not in self._catalog.live_directories():
+            delete_adapter(self._root, directory)
 
     def require_free(self, tenant: Tenant, path: CheckpointPath) -> None:
         """Raises InvalidInput if the name is taken."""

@@ -141,7 +141,13 @@ class Samplers:
             self._engine.submit([DropAdapter(leaving)])
 
     def sweep(self) -> None:
-        """Forget the retries of futures that are no longer kept."""
+        """Forget the retries of futures that are no longer kept, and the ephemeral weights of sessions that are over:
+        nothing can name them any more."""
+        for session_id in filter(self._sessions.is_over, self._catalog.ephemeral_sessions()):
+            for directory in self._catalog.delete_ephemeral_samplers(session_id):
+                self._checkpoints.discard(directory)
+                if self._resident.pop(directory, None) is not None:
+                    self._engine.submit([DropAdapter(directory)])
         self._future_of_seq = {
             key: future_id for key, future_id in self._future_of_seq.items() if self._scheduler.knows(future_id)
         }

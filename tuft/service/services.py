@@ -63,9 +63,9 @@ class Services:
     async def start(self) -> None:
         """Begin to work: accept the configured keys, note what an earlier server lost, start the loops."""
         for section in self.config.keys:
-            self.tenants.add_key(section.tenant, section.key.get_secret_value())
+            self.tenants.accept(section.tenant, section.key.get_secret_value())
         if self.config.api_key is not None:
-            self.tenants.add_key(DEFAULT_TENANT, self.config.api_key.get_secret_value())
+            self.tenants.accept(DEFAULT_TENANT, self.config.api_key.get_secret_value())
         num_lost = self._catalog.lose_live_runs()
         num_swept = await self.checkpoints.sweep()
         if num_lost or num_swept:

@@ -18,7 +18,9 @@ class Sessions:
     def __init__(self, catalog: Catalog, timeout_s: float) -> None:
         self._catalog = catalog
         self._timeout_s = timeout_s
+        self._started_at_s = time.monotonic()
         self._heard_at_s: dict[str, float] = {}
+        self._finished: set[str] = set()
 
     def create(
         self,
@@ -58,13 +60,14 @@ class Sessions:
         self._heard_at_s[session_id] = time.monotonic()
 
     def is_over(self, session_id: str) -> bool:
-        heard_at_s = self._heard_at_s.get(session_id)
-        return heard_at_s is None or time.monotonic() - heard_at_s > self._timeout_s
+        """True once the client said so or fell silent; one of an earlier server may still come back."""
+        heard_at_s = self._heard_at_s.get(session_id, self._started_at_s)
+        return session_id in self._finished or time.monotonic() - heard_at_s > self._timeout_s
 
     def finish(self, tenant: Tenant, session_id: str, reason: str, detail: str | None) -> None:
         """Record why the client ended; the first reason wins."""
         self._catalog.finish_session(self.require(tenant, session_id).session_id, reason, detail)
-        self._heard_at_s.pop(session_id, None)
+        self._finished.add(session_id)
 
     def list(self, tenant: Tenant, limit: int, offset: int) -> tuple[list[Session], int]:
         """One page, newest first, and the number of all."""

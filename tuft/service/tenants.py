@@ -18,12 +18,14 @@ class Tenants:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+        self._configured: dict[str, Tenant] = {}
 
     def authenticate(self, api_key: str | None) -> Tenant:
         """The tenant that holds ``api_key``; raises Unauthorized, which says what to look at."""
         if not api_key:
             raise Unauthorized("no API key: send it as X-API-Key; `tuft key create --tenant NAME` makes one")
-        tenant = self._catalog.tenant_of_key(_hash(api_key))
+        key_hash = _hash(api_key)
+        tenant = self._configured.get(key_hash) or self._catalog.tenant_of_key(key_hash)
         if tenant is None:
             raise Unauthorized(
                 f"invalid api key (the one received ends in …{api_key[-4:]}): this server does not know it. "
@@ -35,19 +37,21 @@ class Tenants:
     def create_key(self, tenant_name: str) -> str:
         """A new key for the tenant of that name, who is made if unknown. It is returned here and never again."""
         key = API_KEY_PREFIX + token_urlsafe(32)
-        self.add_key(tenant_name, key)
+        self._catalog.add_key(self._tenant(tenant_name), _hash(key), key[-4:])
         return key
 
-    def add_key(self, tenant_name: str, key: str) -> None:
-        """Accept ``key`` (from the configuration or the environment) for the tenant of that name."""
+    def accept(self, tenant_name: str, key: str) -> None:
+        """Accept ``key``, which the configuration or the environment gives, as long as this server runs."""
         if not key.startswith(API_KEY_PREFIX):
             raise InvalidInput("key", f"…{key[-4:]}", f"must start with {API_KEY_PREFIX!r}: the SDK refuses other keys")
-        new = Tenant(f"tenant-{token_hex(8)}", valid_name(tenant_name, "tenant"))
-        tenant = self._catalog.ensure_tenant(new)
-        self._catalog.add_key(tenant, _hash(key), key[-4:])
+        self._configured[_hash(key)] = self._tenant(tenant_name)
 
     def has_keys(self) -> bool:
         return self._catalog.has_keys()
+
+    def _tenant(self, name: str) -> Tenant:
+        """The tenant of that name, who is made if unknown."""
+        return self._catalog.ensure_tenant(Tenant(f"tenant-{token_hex(8)}", valid_name(name, "tenant")))
 
 
 def _hash(key: str) -> str:

@@ -66,14 +66,7 @@ class Catalog:
         return tenant if row is None else Tenant(row.tenant_id, row.name)
 
     def add_key(self, tenant: Tenant, key_hash: str, hint: str) -> None:
-        with self._transaction() as connection:
-            known = select(tables.api_keys.c.key_hash).where(tables.api_keys.c.key_hash == key_hash)
-            if connection.execute(known).first() is None:
-                connection.execute(
-                    insert(tables.api_keys).values(
-                        key_hash=key_hash, tenant_id=tenant.tenant_id, hint=hint, created_at=now()
-                    )
-                )
+        self._insert(tables.api_keys, key_hash=key_hash, tenant_id=tenant.tenant_id, hint=hint, created_at=now())
 
     def tenant_of_key(self, key_hash: str) -> Tenant | None:
         row = self._first(select(tables.tenants).join(tables.api_keys).where(tables.api_keys.c.key_hash == key_hash))
@@ -252,6 +245,24 @@ class Catalog:
         query = select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id)
         with self._transaction() as connection:
             return [_sampler(row) for row in connection.execute(query.order_by(table.c.created_at))]
+
+    def ephemeral_sessions(self) -> set[str]:
+        """Sessions that have samplers on weights of their own."""
+        with self._transaction() as connection:
+            return set(connection.execute(select(tables.samplers.c.session_id).where(*_ephemeral())).scalars())
+
+    def delete_ephemeral_samplers(self, session_id: str) -> list[str]:
+        """Forget them; returns the directories of their weights."""
+        table = tables.samplers
+        with self._transaction() as connection:
+            of_session = (table.c.session_id == session_id, *_ephemeral())
+            directories = list(connection.execute(select(table.c.directory).where(*of_session)).scalars())
+            connection.execute(delete(table).where(*of_session))
+        return [directory for directory in directories if directory is not None]
+
+
+def _ephemeral() -> tuple[Any, ...]:
+    return tables.samplers.c.directory.is_not(None), tables.samplers.c.model_path.is_(None)
 
 
 def _lora_values(spec: LoraSpec) -> dict[str, Any]:
