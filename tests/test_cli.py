@@ -10,6 +10,9 @@ import httpx
 import pytest
 
 from tests.conftest import TINY_MODEL, TUFT, Launch, LiveServer, tiny_config
+from tuft.app import ensure_first_key, open_catalog
+from tuft.config import load_config
+from tuft.service.tenants import Tenants
 
 
 def tuft(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -58,6 +61,23 @@ def test_a_key_from_the_environment_and_from_the_file_open_the_door(launch: Laun
         answer = httpx.get(f"{server.url}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
         assert answer.json()["supported_models"][0]["model_name"] == TINY_MODEL
     assert "tml-from-the-environment" not in server.log.read_text()
+
+
+def test_a_kept_key_that_the_database_has_forgotten_is_replaced(tmp_path: Path) -> None:
+    config = load_config(home=tmp_path)
+    keys = []
+    for _ in range(2):
+        catalog = open_catalog(config)
+        tenants = Tenants(catalog)
+        key, is_new = ensure_first_key(config, tenants)
+        assert is_new
+        assert tenants.knows(key or "")
+        assert ensure_first_key(config, tenants) == (key, False)
+        keys.append(key)
+        catalog.close()
+        for file in tmp_path.glob("tuft.sqlite3*"):
+            file.unlink()
+    assert keys[0] != keys[1]
 
 
 def test_the_snippet_that_launch_prints_can_be_pasted(tiny_server: LiveServer) -> None:

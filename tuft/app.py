@@ -84,8 +84,8 @@ def ensure_first_key(config: Config, tenants: Tenants) -> tuple[str | None, bool
     file = config.home / "api_key"
     if config.api_key is not None:
         return config.api_key.get_secret_value(), False
-    if file.exists():
-        return file.read_text().strip() or None, False
+    if file.exists() and tenants.knows(kept := file.read_text().strip()):
+        return kept, False
     if config.keys or tenants.has_keys():
         return None, False
     key = tenants.create_key(DEFAULT_TENANT)

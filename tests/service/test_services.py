@@ -219,6 +219,60 @@ async def test_a_damaged_checkpoint_fails_the_load_and_leaves_the_run_as_it_was(
     assert isinstance(await settled(backward(services, alice, run_id, 3, DATUM)), LossResult)
 
 
+async def test_inputs_of_other_losses_ride_along_and_change_nothing(
+    services: Services, alice: Tenant, run_id: str, settled: Settled
+) -> None:
+    extra = Datum(DATUM.tokens_T, {**DATUM.loss_fn_inputs, "advantages": np.ones(3, dtype=np.float32)})
+    plain = await settled(backward(services, alice, run_id, 1, DATUM))
+    laden = await settled(backward(services, alice, run_id, 2, extra))
+    assert isinstance(plain, LossResult)
+    assert isinstance(laden, LossResult)
+    assert laden.metrics == plain.metrics
+
+
+async def test_a_run_from_a_damaged_checkpoint_fails_and_takes_no_more_operations(
+    services: Services, alice: Tenant, session: Session, run_id: str, settled: Settled
+) -> None:
+    saved = await settled(services.operations.save_weights(alice, run_id, 1, "x", None, False, {}))
+    assert isinstance(saved, WeightsSaved)
+    directory = services.config.home / "checkpoints" / services.checkpoints.get(alice, saved.path).directory
+    (directory / "adapter_model.safetensors").write_bytes(b"damaged")
+    failed = await settled(
+        services.runs.create_from_checkpoint(alice, session.session_id, 7, saved.path, False, None, {})
+    )
+    assert isinstance(failed, Failure)
+    assert "damaged" in failed.message
+    new_id = f"{session.session_id}:train:7"
+    assert services.runs.get(alice, new_id).status == "failed"
+    after = await settled(backward(services, alice, new_id, 1, DATUM))
+    assert isinstance(after, Failure)
+    assert "is failed" in after.message
+
+
+async def test_a_run_unloaded_while_it_begins_stays_unloaded(
+    services: Services, alice: Tenant, session: Session, settled: Settled
+) -> None:
+    creating = services.runs.create(alice, session.session_id, 0, TINY_MODEL, LoraSpec(rank=2), {})
+    await asyncio.sleep(0.02)  # the engine has the command, its reply is on the way or here
+    await settled(services.runs.unload(alice, f"{session.session_id}:train:0"))
+    await settled(creating)
+    assert services.runs.get(alice, f"{session.session_id}:train:0").status == "unloaded"
+
+
+async def test_overwriting_a_checkpoint_deletes_what_it_replaces(
+    services: Services, alice: Tenant, run_id: str, settled: Settled
+) -> None:
+    root = services.config.home / "checkpoints"
+    for seq in (1, 2, 3):
+        await settled(services.operations.save_weights(alice, run_id, seq, "x", None, True, {}))
+    assert len(list(root.glob("*/*/x-*"))) == 1
+    # a sampler keeps the weights that it was made from
+    path = f"tinker://{run_id}/weights/x"
+    services.samplers.create(alice, services.runs.get(alice, run_id).session_id, 0, None, path)
+    await settled(services.operations.save_weights(alice, run_id, 4, "x", None, True, {}))
+    assert len(list(root.glob("*/*/x-*"))) == 2
+
+
 async def test_many_tenants_at_once_all_get_their_results(services: Services, alice: Tenant) -> None:
     async def tenant_loop(name: str) -> list[float]:
         tenant = services.tenants.authenticate(services.tenants.create_key(name))

@@ -78,8 +78,8 @@ def test_pages_come_newest_first_with_the_total(catalog: Catalog) -> None:
 def test_saving_a_name_again_moves_it_in_one_step(catalog: Catalog) -> None:
     catalog.add_session(session())
     catalog.add_run(run())
-    catalog.put_checkpoint(checkpoint(directory="d1"))
-    catalog.put_checkpoint(checkpoint(directory="d2"))
+    assert catalog.put_checkpoint(checkpoint(directory="d1")) is None
+    assert catalog.put_checkpoint(checkpoint(directory="d2")) == "d1"
     found = catalog.checkpoint(ALICE, checkpoint().path)
     assert found is not None
     assert found.directory == "d2"
@@ -91,7 +91,7 @@ def test_an_expired_checkpoint_is_not_found_and_is_deleted(catalog: Catalog) -> 
     catalog.add_run(run())
     catalog.put_checkpoint(replace(checkpoint(), expires_at=now() - timedelta(seconds=1)))
     assert catalog.checkpoint(ALICE, checkpoint().path) is None
-    assert catalog.delete_expired_checkpoints() == 1
+    assert catalog.delete_expired_checkpoints() == ["d1"]
 
 
 def test_the_first_reason_for_finishing_wins(catalog: Catalog) -> None:

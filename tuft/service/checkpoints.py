@@ -80,7 +80,9 @@ class Checkpoints:
             expires_at=None if ttl_seconds is None else moment + timedelta(seconds=ttl_seconds),
             user_metadata=dict(user_metadata),
         )
-        self._catalog.put_checkpoint(checkpoint)
+        replaced = self._catalog.put_checkpoint(checkpoint)
+        if replaced is not None:
+            self.discard(replaced)
         return checkpoint
 
     async def write(self, run: Run, name: str, state: AdapterState) -> tuple[str, int]:
@@ -91,7 +93,11 @@ class Checkpoints:
     async def read(self, directory: str, *, with_optimizer: bool) -> AdapterState:
         return await asyncio.to_thread(read_adapter, self._root, directory, with_optimizer=with_optimizer)
 
+    def expire(self) -> None:
+        """Delete what has outlived its ttl."""
+        for directory in self._catalog.delete_expired_checkpoints():
+            self.discard(directory)
+
     async def sweep(self) -> int:
-        """Delete expired rows and every directory that no row names. Only while nothing is being saved."""
-        self._catalog.delete_expired_checkpoints()
+        """Delete every directory that no row names. Only while nothing is being saved."""
         return await asyncio.to_thread(sweep, self._root, self._catalog.live_directories())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 
@@ -63,7 +64,8 @@ class Runs:
         run = self._register(tenant, session_id, model_seq_id, model.name, spec, user_metadata)
 
         async def begin() -> FutureResult:
-            await self._begin(run, CreateAdapter(run.run_id, run.base_model, run.spec))
+            with self._closing_if_it_fails(run):
+                await self._place(run, CreateAdapter(run.run_id, run.base_model, run.spec))
             return RunCreated(run.run_id)
 
         return self._scheduler.submit(run, _CREATION_SEQ, begin)
@@ -87,8 +89,9 @@ class Runs:
         run = self._register(tenant, session_id, model_seq_id, model.name, checkpoint.spec, user_metadata)
 
         async def begin() -> FutureResult:
-            state = await self.read_state(tenant, path, with_optimizer)
-            await self._begin(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
+            with self._closing_if_it_fails(run):
+                state = await self._read_state(tenant, path, with_optimizer)
+                await self._place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
             return WeightsLoaded(path, run.run_id)
 
         return self._scheduler.submit(run, _CREATION_SEQ, begin)
@@ -102,11 +105,11 @@ class Runs:
                 raise InvalidInput("path", path, f"its {name} is {theirs}, the run's is {ours}; they must be equal")
         if checkpoint.base_model != run.base_model:
             raise InvalidInput("path", path, f"it belongs to {checkpoint.base_model}, the run to {run.base_model}")
-        state = replace(await self.read_state(tenant, path, with_optimizer), spec=run.spec)
-        await self._begin(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
+        state = replace(await self._read_state(tenant, path, with_optimizer), spec=run.spec)
+        await self._place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
         return WeightsLoaded(path, run.run_id)
 
-    async def read_state(self, tenant: Tenant, path: str, with_optimizer: bool) -> AdapterState:
+    async def _read_state(self, tenant: Tenant, path: str, with_optimizer: bool) -> AdapterState:
         checkpoint = self._checkpoints.get(tenant, path)
         if with_optimizer and not checkpoint.has_optimizer:
             raise InvalidInput("path", path, "it holds no optimizer state; save_state() makes checkpoints that do")
@@ -192,13 +195,21 @@ class Runs:
         self._scheduler.open(run, _CREATION_SEQ)
         return run
 
-    async def _begin(self, run: Run, command: Command) -> None:
+    @contextmanager
+    def _closing_if_it_fails(self, run: Run) -> Iterator[None]:
+        """A run that never began takes no more operations."""
         try:
-            await self._scheduler.ask(command)
+            yield
         except TuftError:
-            if run.status == "creating":
+            if run.run_id in self._open:
                 self._close(run, "failed")
             raise
+
+    async def _place(self, run: Run, command: Command) -> None:
+        """Put the run's adapter into the engine; from then on the run is live."""
+        await self._scheduler.ask(command)
+        if run.run_id not in self._open:  # unloaded meanwhile: the engine drops the adapter after this command
+            raise RunLost(f"run {run.run_id} was unloaded before it could begin")
         self._scheduler.mark_live(run.run_id)
         self._set_status(run, "live")
 

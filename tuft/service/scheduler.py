@@ -44,9 +44,6 @@ class Scheduler:
         """Accept operations of ``run`` from ``first_seq`` on."""
         self._queue.open(run.run_id, run.tenant_id, first_seq)
 
-    def is_open(self, run_id: str) -> bool:
-        return self._queue.has(run_id)
-
     def close(self, run_id: str, reason: TuftError) -> None:
         """Accept no more; what the run still had waiting fails with ``reason``."""
         for operation in self._queue.close(run_id):
@@ -154,10 +151,13 @@ class Scheduler:
         async def finish(operation: Operation, reply: Future[FutureResult]) -> None:
             self._finish(operation, await outcome(asyncio.wrap_future(reply)))
 
-        replies = self._engine.submit([loss for _, loss in live])
-        await asyncio.gather(*(finish(operation, reply) for (operation, _), reply in zip(live, replies, strict=True)))
-        self._pass_running = False
-        self._wake.set()
+        try:
+            replies = self._engine.submit([loss for _, loss in live])
+            answered = zip(live, replies, strict=True)
+            await asyncio.gather(*(finish(operation, reply) for (operation, _), reply in answered))
+        finally:
+            self._pass_running = False
+            self._wake.set()
 
     async def _run_barrier(self, operation: Operation, barrier: Barrier) -> None:
         self._finish(operation, await outcome(barrier()))

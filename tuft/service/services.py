@@ -88,6 +88,7 @@ class Services:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             self.runs.sweep()
             self.samplers.sweep()
+            self.checkpoints.expire()
 
 
 def checkpoints_root(home: Path) -> Path:

@@ -46,6 +46,9 @@ class Tenants:
             raise InvalidInput("key", f"…{key[-4:]}", f"must start with {API_KEY_PREFIX!r}: the SDK refuses other keys")
         self._configured[_hash(key)] = self._tenant(tenant_name)
 
+    def knows(self, key: str) -> bool:
+        return self._catalog.tenant_of_key(_hash(key)) is not None
+
     def has_keys(self) -> bool:
         return self._catalog.has_keys()
 

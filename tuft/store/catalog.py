@@ -162,9 +162,11 @@ class Catalog:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def put_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Insert, or give the name its new meaning, in one transaction."""
+    def put_checkpoint(self, checkpoint: Checkpoint) -> str | None:
+        """Insert, or give the name its new meaning, in one transaction. Returns the directory it had before."""
+        before = select(tables.checkpoints.c.directory).where(*_named(checkpoint.path))
         with self._transaction() as connection:
+            directory = connection.execute(before).scalar()
             connection.execute(delete(tables.checkpoints).where(*_named(checkpoint.path)))
             connection.execute(
                 insert(tables.checkpoints).values(
@@ -182,6 +184,7 @@ class Catalog:
                     user_metadata=dict(checkpoint.user_metadata),
                 )
             )
+        return directory
 
     def checkpoint(self, tenant: Tenant, path: CheckpointPath) -> Checkpoint | None:
         table = tables.checkpoints
@@ -204,10 +207,14 @@ class Catalog:
         with self._transaction() as connection:
             connection.execute(delete(tables.checkpoints).where(*_named(path)))
 
-    def delete_expired_checkpoints(self) -> int:
+    def delete_expired_checkpoints(self) -> list[str]:
+        """Returns the directories of those that were deleted."""
+        table = tables.checkpoints
+        expired = table.c.expires_at <= now()
         with self._transaction() as connection:
-            table = tables.checkpoints
-            return connection.execute(delete(table).where(table.c.expires_at <= now())).rowcount
+            directories = list(connection.execute(select(table.c.directory).where(expired)).scalars())
+            connection.execute(delete(table).where(expired))
+        return directories
 
     def live_directories(self) -> set[str]:
         """Every weights directory that a row still points to."""
