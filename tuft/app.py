@@ -180,7 +180,7 @@ def _listen(config: Config) -> socket.socket:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """One server a home: a second would delete what the first is still writing."""
+    """One server a home: a second would take the first's runs for lost and its unfinished files for waste."""
     with (home / "server.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -65,12 +65,12 @@ def test_nothing_appears_under_the_name_when_writing_fails(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_sweep_keeps_what_is_named_and_deletes_the_rest(tmp_path: Path) -> None:
-    for directory in ("t/r/kept-1", "t/r/old-1"):
-        write_adapter(tmp_path, directory, state(), "base")
+def test_the_sweep_deletes_what_is_half_written_and_nothing_else(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "t/r/whole-1", state(), "base")
     (tmp_path / "t/r/.partial-x").mkdir()
-    assert sweep(tmp_path, {"t/r/kept-1"}) == 2
-    assert [path.name for path in (tmp_path / "t/r").iterdir()] == ["kept-1"]
+    (tmp_path / "t/r/.partial-x/adapter_model.safetensors").write_bytes(b"half")
+    assert sweep(tmp_path) == 1
+    assert [path.name for path in (tmp_path / "t/r").iterdir()] == ["whole-1"]
 
 
 def test_the_configuration_is_pefts(tmp_path: Path) -> None:

@@ -99,5 +99,5 @@ class Checkpoints:
             self.discard(directory)
 
     async def sweep(self) -> int:
-        """Delete every directory that no row names. Only while nothing is being saved."""
-        return await asyncio.to_thread(sweep, self._root, self._catalog.live_directories())
+        """Delete what an earlier server left half-written. Only while nothing is being saved."""
+        return await asyncio.to_thread(sweep, self._root)

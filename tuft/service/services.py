@@ -69,7 +69,7 @@ class Services:
         num_lost = self._catalog.lose_live_runs()
         num_swept = await self.checkpoints.sweep()
         if num_lost or num_swept:
-            log.info("after an earlier server", runs_lost=num_lost, stale_directories_deleted=num_swept)
+            log.info("after an earlier server", runs_lost=num_lost, half_written_deleted=num_swept)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._scheduler.serve()), loop.create_task(self._sweep())]
 

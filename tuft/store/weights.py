@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -93,16 +93,13 @@ def delete_adapter(root: Path, directory: str) -> None:
     shutil.rmtree(root / directory, ignore_errors=True)
 
 
-def sweep(root: Path, keep: Iterable[str]) -> int:
-    """Delete what no row points to: half-written directories and those whose name has moved on. Returns how many."""
-    kept = set(keep)
-    removed = 0
-    for manifest_or_partial in [*root.glob(f"**/{_MANIFEST}"), *root.glob(f"**/{_PARTIAL}*")]:
-        path = manifest_or_partial.parent if manifest_or_partial.name == _MANIFEST else manifest_or_partial
-        if str(path.relative_to(root)) not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-            removed += 1
-    return removed
+def sweep(root: Path) -> int:
+    """Delete what a writer left half-written when it died; returns how many. Whole adapters stay, named or not: the
+    database that knew them may have been moved, and may come back."""
+    partial = list(root.glob(f"**/{_PARTIAL}*"))
+    for path in partial:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(partial)
 
 
 def _optimizer_tensors(state: AdapterState) -> dict[str, Float32Array]:
