@@ -3,7 +3,7 @@
 #   make test     all tests; PYTEST="-m 'not slow'" for the quick ones
 #   make serve    the server, with its defaults
 #   make check    ruff and mypy
-#   make bench    training speed beside transformers + peft
+#   make bench    how to measure; BENCH=train_step does it, ARGS="--rounds 1" quickly
 #   make install  only .venv
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -42,8 +42,15 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+BENCHES := train_step sample server tenants mixed
+
 bench: $(READY)
-	@$(BIN)/python -m bench.train_step
+ifdef BENCH
+	@$(BIN)/python -m bench.$(BENCH) $(ARGS)
+else
+	@echo 'one command each, a few minutes on a machine that does nothing else; --help tells what it does:'
+	@for name in $(BENCHES); do printf '  make bench BENCH=%-12s %s\n' $$name "$$(sed -n '1s/^"""//p' bench/$$name.py)"; done
+endif
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

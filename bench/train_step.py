@@ -1,226 +1,156 @@
 """One training step (forward, backward, AdamW) of the embedded SmolLM2-135M: this engine beside transformers + peft.
 
-    python -m bench.train_step [--rounds 5] [--rank 8] [--sequences 4] [--tokens 256]
+    python -m bench.train_step [--workload one small16 ...] [--rounds 3]
 
-Every variant runs in a process of its own, as its users would have it, with the same weights, adapter and batch; the
-variants take turns, and a round's figures stand beside each other. ``floor`` replays the base model's matrix products
-alone, in bf16 and at the same shapes: what no engine on this machine can beat.
+Workloads: one (1 tenant, 4 x 256 tokens), eight (8 such tenants), small16 (16 tenants, 1 x 64), ragged (4 tenants of
+uneven sequences), grpo (a group of answers to one prompt), optim16 (16 runs' AdamW alone). All variants have the same
+weights, adapters and text; half of every sequence is trained on. peft's tenants come one after another, each a padded
+batch with its own AdamW. ``floor`` replays the base model's matrix products alone, in bf16 and at the same shapes: what
+no engine on this machine can beat.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+from bench import baselines, ours
+from bench.measure import ENGINE_ENVIRONMENT, Key, Measured, Variant, measure
+from bench.report import Judged, arguments, judged_table, publish, table
+from bench.workloads import TRAINING, BaseModel, Optimizer, Text, Training
+from tuft.types import LoraSpec
 
-from tests.engine.reference import (
-    CPU,
-    PeftReference,
-    random_adapter_state,
-    smollm2_transformers,
-    smollm2_weights,
-)
-from tuft.engine.base import RunLoss
-from tuft.engine.device import keep_freed_memory
-from tuft.engine.optim import optim_step
-from tuft.engine.trainer import Trainer
-from tuft.models.decoder import Decoder, Precision
-from tuft.models.head import MAX_CHUNK_ROWS
-from tuft.models.lora import Adapter
-from tuft.types import AdamParams, Datum, LoraSpec, LossResult
+MODULE = "bench.train_step"
+WORKLOADS = [*TRAINING, "optim16"]
 
-Step = Callable[[], float]
-"""Computes one step and returns its loss."""
+FLOOR = "floor (bf16 products alone)"
+BF16 = "TuFT bf16"
+AS_ONE = "TuFT bf16, as one tenant"
+UNSHARED = "TuFT bf16, prompt not shared"
+FLOAT32 = "TuFT float32"
+AUTOCAST = "transformers + peft, bf16 autocast"
+PEFT = "transformers + peft, float32"
+OPTIM = "TuFT, one call for all runs"
+ADAMW = "torch.optim.AdamW a run"
+FUSED_ADAMW = "torch.optim.AdamW(fused=True) a run"
 
 
-@dataclass(frozen=True)
-class Workload:
-    rank: int
-    sequences: int
-    tokens: int
-    train_unembed: bool
+def step_variants(base: BaseModel, workloads: Mapping[str, Training]) -> dict[str, Variant]:
+    as_one = {name: workload.as_one_tenant() for name, workload in workloads.items() if name == "small16"}
+    padded = workloads.keys() - {"grpo"}  # peft would need about 15 GB for its 4,608 tokens in one batch
+    bf16 = partial(ours.training, base, workloads, "bf16")
+    return {
+        FLOOR: Variant(partial(baselines.floor, base, workloads), workloads),
+        BF16: Variant(bf16, workloads, ENGINE_ENVIRONMENT),
+        AS_ONE: Variant(partial(ours.training, base, as_one, "bf16"), as_one, ENGINE_ENVIRONMENT),
+        UNSHARED: Variant(partial(bf16, share_prefixes=False), {"grpo"} & workloads.keys(), ENGINE_ENVIRONMENT),
+        FLOAT32: Variant(partial(ours.training, base, workloads, "float32"), workloads, ENGINE_ENVIRONMENT),
+        AUTOCAST: Variant(partial(baselines.peft_training, base, workloads, autocast=True), padded),
+        PEFT: Variant(partial(baselines.peft_training, base, workloads, autocast=False), padded),
+    }
 
-    @property
-    def spec(self) -> LoraSpec:
-        return LoraSpec(rank=self.rank, seed=0, train_unembed=self.train_unembed)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.sequences * self.tokens
+def optimizer_variants(base: BaseModel, workloads: Mapping[str, Optimizer]) -> dict[str, Variant]:
+    torch_optimizers = partial(baselines.torch_optimizers, base, workloads)
+    return {
+        OPTIM: Variant(partial(ours.optimizer, base, workloads), workloads, ENGINE_ENVIRONMENT),
+        ADAMW: Variant(partial(torch_optimizers, fused=None), workloads),
+        FUSED_ADAMW: Variant(partial(torch_optimizers, fused=True), workloads),
+    }
 
-    def data(self) -> tuple[Datum, ...]:
-        """Random tokens; the second half of every sequence is trained on."""
-        rng = np.random.default_rng(0)
-        weights_T = (np.arange(self.tokens) >= self.tokens // 2).astype(np.float32)
-        return tuple(
-            Datum(
-                rng.integers(0, 49_152, self.tokens),
-                {"target_tokens": rng.integers(0, 49_152, self.tokens), "weights": weights_T},
+
+def judge(measured: Measured) -> list[Judged]:
+    found: list[Judged] = []
+
+    def ratio(what: str, over: Key, under: Key, must: float, aim: float, is_limit: bool = False) -> None:
+        if measured.has(over, under):
+            found.append(Judged(what, measured.ratio(over, under), must, aim, is_limit=is_limit))
+
+    one, small, ragged, grpo, optim = (partial(_key, case) for case in ("one", "small16", "ragged", "grpo", "optim16"))
+    ratio("1 tenant 4 x 256, bf16: time over the floor", one(BF16), one(FLOOR), 1.8, 1.3, is_limit=True)
+    ratio("1 tenant 4 x 256, bf16: faster than peft float32", one(PEFT), one(BF16), 2.0, 2.8)
+    ratio("1 tenant 4 x 256, bf16: faster than peft autocast", one(AUTOCAST), one(BF16), 1.2, 1.6)
+    ratio("1 tenant 4 x 256, float32: faster than peft float32", one(PEFT), one(FLOAT32), 1.05, 1.4)
+    ratio("16 tenants 1 x 64, bf16: faster than peft float32", small(PEFT), small(BF16), 3.0, 5.0)
+    ratio("16 tenants 1 x 64, bf16: faster than peft autocast", small(AUTOCAST), small(BF16), 2.5, 4.0)
+    ratio("16 tenants 1 x 64: time over one tenant's", small(BF16), small(AS_ONE), 1.15, 1.03, is_limit=True)
+    ratio("4 ragged tenants, bf16: faster than padded peft float32", ragged(PEFT), ragged(BF16), 2.8, 4.5)
+    ratio("4 ragged tenants, bf16: faster than padded peft autocast", ragged(AUTOCAST), ragged(BF16), 1.8, 3.0)
+    ratio("8 answers of 64 to a prompt of 512: faster than unshared", grpo(UNSHARED), grpo(BF16), 2.5, 4.0)
+    ratio("optim_step of 16 runs: faster than an AdamW a run", optim(ADAMW), optim(OPTIM), 8.0, 15.0)
+    return found
+
+
+def _key(case: str, variant: str) -> Key:
+    return case, variant
+
+
+def step_table(case: str, workload: Training, measured: Measured, names: Sequence[str]) -> str:
+    rows = []
+    for name in names:
+        key = case, name
+        if not measured.has(key):
+            continue
+        seconds = measured.median(key)
+        optimizer = "" if name == FLOOR else f"{measured.median(key, 'optimizer'):.3f}"
+        versus = f"{measured.ratio((case, PEFT), key):.2f} x" if measured.has((case, PEFT)) else ""
+        rows.append(
+            (
+                name,
+                f"{seconds:.3f}",
+                f"{min(measured.rounds[key]['seconds']):.3f}",
+                optimizer,
+                f"{workload.num_tokens / seconds:.0f}",
+                f"{measured.ratio(key, (case, FLOOR)):.2f}",
+                versus,
+                _loss(measured, case, name),
             )
-            for _ in range(self.sequences)
         )
+    heads = ("variant", "s (median)", "s (min)", "of it optimizer", "tokens/s", "over the floor", "peft float32 / it")
+    return f"{case}: {workload.title}; {workload.num_tokens} tokens:\n\n" + table((*heads, "loss"), rows)
 
 
-def floor(workload: Workload) -> Step:
-    """Forward and input-gradient products of all layers; the head forward for every row, backward for every other."""
-    config = smollm2_weights().config
-    kv = 2 * config.num_kv_heads * config.head_dim
-    q, hidden, inner = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
-    shapes = [(q + kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)] * config.num_layers
-    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    head = torch.randn(config.vocab_size, hidden, dtype=torch.bfloat16)
-    rows = {size: torch.randn(workload.num_tokens, size, dtype=torch.bfloat16) for shape in shapes for size in shape}
-    chunk = torch.randn(MAX_CHUNK_ROWS, hidden, dtype=torch.bfloat16)
-    dlogits = torch.randn(MAX_CHUNK_ROWS, config.vocab_size, dtype=torch.bfloat16)
-
-    def step() -> float:
-        for weight in weights:
-            F.linear(rows[weight.shape[1]], weight)
-            torch.mm(rows[weight.shape[0]], weight)
-        num_chunks = -(-workload.num_tokens // MAX_CHUNK_ROWS)
-        for number in range(num_chunks):
-            F.linear(chunk, head)
-            if number % 2:
-                torch.mm(dlogits, head)
-        return float("nan")
-
-    return step
+def _loss(measured: Measured, case: str, name: str) -> str:
+    """The first tenant's, before any step; with its distance from peft float32 where that was computed."""
+    (loss,) = measured.first[case, name].get("loss") or (math.nan,)
+    if math.isnan(loss) or name == AS_ONE:
+        return ""
+    (expected,) = measured.first.get((case, PEFT), {}).get("loss") or (math.nan,)
+    return f"{loss:.3f}" + ("" if math.isnan(expected) else f" ({(loss - expected) / abs(expected):+.1e})")
 
 
-def ours(workload: Workload, precision: Precision) -> Step:
-    keep_freed_memory()
-    decoder = Decoder(smollm2_weights(), precision, CPU)
-    state = random_adapter_state(decoder.config, workload.spec, size=0.01)
-    adapter = Adapter.from_state(decoder.config.linear_shapes(), state, CPU, trainable=True)
-    trainer = Trainer(decoder, micro_batch_tokens=2048)
-    operation = RunLoss("a", workload.data(), "cross_entropy")
-
-    def step() -> float:
-        ((_, result),) = trainer.run([operation], {"a": adapter})
-        assert isinstance(result, LossResult), result
-        optim_step(adapter, AdamParams())
-        return result.metrics["loss:sum"]
-
-    return step
-
-
-def peft(workload: Workload, autocast: bool) -> Step:
-    state = random_adapter_state(smollm2_weights().config, workload.spec, size=0.01)
-    reference = PeftReference(smollm2_transformers(), state)
-    optimizer = reference.optimizer(AdamParams())
-    data = workload.data()
-    tokens_BL = torch.as_tensor(np.stack([datum.tokens_T for datum in data]))
-    targets_M = torch.as_tensor(np.concatenate([datum.loss_fn_inputs["target_tokens"] for datum in data]))
-    weights_M = torch.as_tensor(np.concatenate([datum.loss_fn_inputs["weights"] for datum in data]))
-
-    def step() -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            logits_MV = reference.model(input_ids=tokens_BL, use_cache=False).logits.flatten(0, 1)
-        loss = (F.cross_entropy(logits_MV.float(), targets_M, reduction="none") * weights_M).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-VARIANTS: dict[str, Callable[[Workload], Step]] = {
-    "floor (bf16 products alone)": floor,
-    "TuFT bf16": lambda workload: ours(workload, "bf16"),
-    "TuFT float32": lambda workload: ours(workload, "float32"),
-    "transformers + peft, bf16 autocast": lambda workload: peft(workload, autocast=True),
-    "transformers + peft, float32": lambda workload: peft(workload, autocast=False),
-}
-BASELINE = "transformers + peft, float32"
-
-
-def serve(name: str, workload: Workload, connection: Connection) -> None:
-    """A variant's process: one step a message, after one that warms up and whose loss everyone compares."""
-    step = VARIANTS[name](workload)
-    connection.send((0.0, step()))
-    while connection.recv():
-        started = time.perf_counter()
-        loss = step()
-        connection.send((time.perf_counter() - started, loss))
-
-
-def measure(workload: Workload, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every round and the first step's loss, by variant."""
-    context = get_context("spawn")
-    ends: dict[str, Connection] = {}
-    losses: dict[str, float] = {}
-    for name in VARIANTS:
-        mine, theirs = context.Pipe()
-        context.Process(target=serve, args=(name, workload, theirs), daemon=True).start()
-        theirs.close()
-        print(f"loading {name}", file=sys.stderr)
-        losses[name] = mine.recv()[1]
-        ends[name] = mine
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for number in range(rounds):
-        for name, end in ends.items():
-            end.send(True)
-            seconds[name].append(end.recv()[0])
-            print(f"round {number + 1}/{rounds}: {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
-    for end in ends.values():
-        end.send(False)
-    return seconds, losses
-
-
-def report(workload: Workload, seconds: dict[str, list[float]], losses: dict[str, float]) -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    baseline = medians[BASELINE]
-    lines = [
-        f"SmolLM2-135M-Instruct, {workload.sequences} x {workload.tokens} random tokens, half of them weighted, "
-        f"LoRA rank {workload.rank} on all linear layers{' and the head' if workload.train_unembed else ''}.",
-        f"{cpu}, {os.cpu_count()} CPUs, torch {torch.__version__}, load average {os.getloadavg()[0]:.1f}, "
-        f"commit {commit.stdout.strip()}, `python -m bench.train_step {' '.join(sys.argv[1:])}`".rstrip(),
-        "",
-        "| variant | s (median) | s (min) | tokens/s | against peft float32 | loss - peft float32 |",
-        "|---|---|---|---|---|---|",
+def optimizer_table(case: str, workload: Optimizer, measured: Measured, names: Sequence[str]) -> str:
+    rows = [
+        (name, f"{1e3 * measured.median((case, name)):.1f}", f"{measured.ratio((case, name), (case, OPTIM)):.2f}")
+        for name in names
     ]
-    for name, median in medians.items():
-        difference = "" if np.isnan(losses[name]) else f"{losses[name] - losses[BASELINE]:+.4f}"
-        lines.append(
-            f"| {name} | {median:.3f} | {min(seconds[name]):.3f} | {workload.num_tokens / median:.0f} | "
-            f"{baseline / median:.2f}x | {difference} |"
-        )
-    lines.append(
-        f"\nLoss of the first step, peft float32: {losses[BASELINE]:.4f}. Medians of {len(seconds[BASELINE])}."
-    )
-    return "\n".join(lines)
+    title = f"{case}: AdamW of {workload.num_runs} runs, rank {workload.spec.rank}:\n\n"
+    return title + table(("variant", "ms (median)", "over TuFT"), rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(MODULE, __doc__, rounds=3)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--train-unembed", action="store_true")
+    parser.add_argument("--train-unembed", action="store_true", help="LoRA on the head too")
     options = parser.parse_args()
-    workload = Workload(options.rank, options.sequences, options.tokens, options.train_unembed)
-    seconds, losses = measure(workload, options.rounds)
-    print(report(workload, seconds, losses))
+    base = BaseModel.embedded()
+    spec = LoraSpec(rank=options.rank, train_unembed=options.train_unembed)
+    text = Text.of_chats(base, options.chats)
+    steps = {name: make(text, spec) for name, make in TRAINING.items() if name in options.workload}
+    optimizers = {name: Optimizer(spec) for name in options.workload if name not in TRAINING}
+    variants = {**step_variants(base, steps), **optimizer_variants(base, optimizers)}
+    measured = measure(variants, [[name] for name in (*steps, *optimizers)], options.rounds)
+    sections = [
+        f"{base.name}, LoRA rank {spec.rank} on all linear layers{' and the head' if spec.train_unembed else ''}. "
+        f"Medians of {options.rounds} rounds in which the variants took turns; ratios are of neighbours. The loss is "
+        "the first tenant's before any step, with its relative distance from peft float32.",
+        *(step_table(name, workload, measured, list(variants)) for name, workload in steps.items()),
+        *(optimizer_table(name, workload, measured, list(variants)[-3:]) for name, workload in optimizers.items()),
+        judged_table(judge(measured)),
+    ]
+    publish(MODULE, "Training step", sections, options.markdown)
 
 
 if __name__ == "__main__":

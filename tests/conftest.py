@@ -16,6 +16,10 @@ import httpx
 import pytest
 
 from tests.models.tiny import make_tiny_model
+from tuft.models.kernels.build import directory_of
+
+# numba itself would not see that a function which a kernel calls has changed
+os.environ["NUMBA_CACHE_DIR"] = str(directory_of(Path(__file__).parents[1] / ".pytest_cache/kernels"))
 
 TUFT = Path(sys.executable).with_name("tuft")
 TINY_MODEL = "tiny/qwen3"
@@ -58,10 +62,15 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
             file.write_text(config)
             command += ["--config", str(file)]
         log = home / "server.log"
+        no_kernels = {"TUFT_ENGINE__COMPILED_KERNELS": "false"}  # else every new home compiles them
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TUFT_")}
         with log.open("w") as opened:
             process = subprocess.Popen(
-                command, stdout=opened, stderr=subprocess.STDOUT, text=True, env={**environment, **(env or {})}
+                command,
+                stdout=opened,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**no_kernels, **environment, **(env or {})},
             )
         url = _wait_until_ready(process, log)
         key_file = home / "api_key"

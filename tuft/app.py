@@ -70,7 +70,9 @@ def model_sources(config: Config) -> list[BaseModelSource]:
 
 def start_engine(config: Config) -> EngineProcess:
     """The engine's process, loading; ``wait_ready`` tells when it can compute."""
-    engine = EngineProcess(model_sources(config), EngineSettings(**config.engine.model_dump()))
+    kernel_cache = str(config.home / "kernels") if config.engine.compiled_kernels else None
+    settings = EngineSettings(**config.engine.model_dump(exclude={"compiled_kernels"}), kernel_cache=kernel_cache)
+    engine = EngineProcess(model_sources(config), settings)
     engine.start()
     return engine
 
@@ -167,7 +169,8 @@ class _Server(uvicorn.Server):
 
 def _listen(config: Config) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.server.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends at once (TCP_NODELAY) only where the protocol is said; else the kernel keeps every answer for 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.server.host, config.server.port))

@@ -57,6 +57,14 @@ class EngineSection(_Section):
         65_536, ge=256, description="tokens that all sequences being sampled may hold together"
     )
     max_decode_rows: int = Field(32, ge=1, le=4096, description="most sequences decoded together")
+    packed_decode: bool = Field(
+        True, description="keep base weights a second time, from the first sample on: CPU decoding in bf16 takes half"
+    )
+    compiled_kernels: bool = Field(
+        True,
+        description="CPU kernels compiled by numba at first start, while torch's operators compute, and kept in the "
+        "home; false: torch's operators only",
+    )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
 
 

@@ -16,7 +16,7 @@ import uvicorn
 
 from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, new_session, post, result
 from tuft.api.http import create_app
-from tuft.app import model_sources, open_catalog
+from tuft.app import model_sources, open_catalog, start_engine
 from tuft.config import Config
 from tuft.engine.base import EngineSettings
 from tuft.engine.worker import EngineProcess
@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Config
     return Config(
         home=tmp_path_factory.mktemp("api"),
         server={"long_poll_s": 0.2, "drain_timeout_s": 0.0},
-        engine={"device": "cpu", "num_threads": 1},
+        engine={"device": "cpu", "num_threads": 1, "compiled_kernels": False},
         limits={"max_request_bytes": LIMIT_BYTES, "max_num_samples": 4, "max_runs_per_tenant": 1000},
         base_models=[{"name": BASE_MODEL, "path": str(tiny_model), "aliases": [ALIAS], "precision": "float32"}],
         keys=[{"tenant": "alice", "key": ALICE}, {"tenant": "bob", "key": BOB}],
@@ -48,8 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Config
 
 @pytest.fixture(scope="session")
 def server(config: Config) -> Iterator[Served]:
-    engine = EngineProcess(model_sources(config), EngineSettings(**config.engine.model_dump()))
-    engine.start()
+    engine = start_engine(config)
     try:
         engine.wait_ready(timeout_s=60)
         with serving(config, engine) as served:
@@ -62,7 +61,7 @@ def server(config: Config) -> Iterator[Served]:
 def loading_server(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server whose engine has not loaded anything yet."""
     early = config.model_copy(update={"home": tmp_path_factory.mktemp("early")})
-    engine = EngineProcess(model_sources(early), EngineSettings(**early.engine.model_dump()))
+    engine = EngineProcess(model_sources(early), EngineSettings())
     with serving(early, engine) as served:
         yield served
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.models.test_lora import CONFIG
 from tuft.engine.base import RunLoss
-from tuft.engine.checks import check_operation
+from tuft.engine.checks import check_part
 from tuft.errors import InvalidInput
 from tuft.types import Datum
 
@@ -33,7 +33,7 @@ def changed(**inputs: np.ndarray) -> Datum:
     ],
 )
 def test_good_data_pass(datum: Datum) -> None:
-    check_operation(operation(GOOD, datum), CONFIG)
+    check_part(operation(GOOD, datum), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_good_data_pass(datum: Datum) -> None:
 )
 def test_bad_operations_are_refused_by_datum_and_field(bad: RunLoss, message: str) -> None:
     with pytest.raises(InvalidInput) as error:
-        check_operation(bad, CONFIG)
+        check_part(bad, CONFIG)
     assert message in str(error.value)
 
 
 def test_inputs_that_only_another_loss_reads_may_ride_along() -> None:
-    check_operation(operation(changed(advantages=np.ones(3, np.float32))), CONFIG)
+    check_part(operation(changed(advantages=np.ones(3, np.float32))), CONFIG)

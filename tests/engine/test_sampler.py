@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis.strategies import DataObject, booleans, data, integers, sampled_from
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,7 @@ from tests.engine.reference import (
     smollm2_transformers,
     smollm2_weights,
 )
+from tests.models.operators import COMPILED, EAGER, each_ops
 from tests.models.tiny import TINY_KINDS, VOCAB_SIZE, TinyKind, make_tiny_model, tiny_tokenizer
 from tuft.engine.base import EngineSettings, RunLoss, Sample
 from tuft.engine.sampler import Sampler
@@ -31,8 +34,11 @@ from tuft.errors import EngineError, InvalidInput, TuftError, UserError
 from tuft.models.decoder import Decoder, Precision
 from tuft.models.load import load_weights
 from tuft.models.lora import Adapter
+from tuft.models.ops import Ops
 from tuft.models.tokenizer import load_tokenizer, write_tokenizer_files
 from tuft.types import Datum, LoraSpec, LossResult, SampledSequence, SampleResult, SamplingParams
+
+each_precision = pytest.mark.parametrize("precision", ["float32", "bf16"])
 
 TOLERANCE = 1e-4
 SPEC = LoraSpec(rank=4, seed=1)
@@ -44,9 +50,19 @@ def tiny_directory(kind: TinyKind) -> Path:
     return make_tiny_model(kind, Path(mkdtemp()) / kind)
 
 
+class CountedDecoder(Decoder):
+    """Counts the rows that it computes."""
+
+    num_rows = 0
+
+    def hidden(self, tokens_T: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        self.num_rows += len(tokens_T)
+        return super().hidden(tokens_T, *args, **options)
+
+
 @cache
-def tiny_decoder(kind: TinyKind = "qwen3", precision: Precision = "float32") -> Decoder:
-    return Decoder(load_weights(str(tiny_directory(kind))), precision, CPU)
+def tiny_decoder(kind: TinyKind = "qwen3", precision: Precision = "float32", ops: Ops = EAGER) -> CountedDecoder:
+    return CountedDecoder(load_weights(str(tiny_directory(kind))), precision, CPU, ops)
 
 
 def make_adapter(decoder: Decoder, seed: int = 0, size: float = 0.05) -> Adapter:
@@ -130,24 +146,27 @@ def distance_to_trainer(decoder: Decoder, command: Sample, adapter: Adapter | No
 # --- the sampler equals the trainer -----------------------------------------------------------------------------------
 
 
+@each_ops
 @pytest.mark.parametrize("num_samples", [1, 3])
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("kind", TINY_KINDS)
-def test_logprobs_equal_the_trainers_in_float32(kind: TinyKind, with_adapter: bool, num_samples: int) -> None:
-    decoder = tiny_decoder(kind)
+def test_logprobs_equal_the_trainers_in_float32(kind: TinyKind, with_adapter: bool, num_samples: int, ops: Ops) -> None:
+    decoder = tiny_decoder(kind, ops=ops)
     adapter = make_adapter(decoder) if with_adapter else None
     command = sample_of(prompt_of(19), num_samples=num_samples)
     assert distance_to_trainer(decoder, command, adapter).max() < TOLERANCE
 
 
-def test_logprobs_of_a_prompt_computed_in_chunks_equal_the_trainers() -> None:
-    decoder = tiny_decoder()
+@each_ops
+def test_logprobs_of_a_prompt_computed_in_chunks_equal_the_trainers(ops: Ops) -> None:
+    decoder = tiny_decoder(ops=ops)
     command = sample_of(prompt_of(300), num_samples=2)
     assert distance_to_trainer(decoder, command, make_adapter(decoder), micro_batch_tokens=256).max() < TOLERANCE
 
 
-def test_logprobs_are_near_the_trainers_in_bf16() -> None:
-    decoder = tiny_decoder(precision="bf16")
+@each_ops
+def test_logprobs_are_near_the_trainers_in_bf16(ops: Ops) -> None:
+    decoder = tiny_decoder(precision="bf16", ops=ops)
     distance = distance_to_trainer(decoder, sample_of(prompt_of(40), num_samples=4), make_adapter(decoder))
     assert distance.mean() < 0.01
     assert distance.max() < 0.1
@@ -183,13 +202,13 @@ def test_the_alternatives_of_prompt_tokens_are_the_likeliest_tokens() -> None:
 # --- alone or among others --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("num_others", [1, 3, 7])
-@pytest.mark.parametrize("steps_between", [0, 3])
+@each_ops
+@each_precision
+@pytest.mark.parametrize(("num_others", "steps_between"), [(1, 0), (3, 3), (7, 0), (7, 3)])
 def test_a_seeded_sample_has_the_same_bits_beside_others(
-    precision: Precision, num_others: int, steps_between: int
+    precision: Precision, num_others: int, steps_between: int, ops: Ops
 ) -> None:
-    decoder = tiny_decoder(precision=precision)
+    decoder = tiny_decoder(precision=precision, ops=ops)
     adapters = [None, *(make_adapter(decoder, seed) for seed in range(3))]
     wanted: list[Wanted] = [
         (sample_of(prompt_of(17), num_samples=2, prompt_logprobs=True, topk_prompt_logprobs=2), adapters[1])
@@ -204,7 +223,7 @@ def test_a_seeded_sample_has_the_same_bits_beside_others(
     assert_same(reversed_outcomes[-1], alone[0])
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@each_precision
 @pytest.mark.parametrize("settings", [{"max_decode_rows": 1}, {"max_decode_rows": 3}, {"kv_cache_tokens": 256}])
 def test_a_seeded_sample_has_the_same_bits_when_room_is_short(precision: Precision, settings: dict[str, int]) -> None:
     decoder = tiny_decoder(precision=precision)
@@ -241,14 +260,143 @@ def test_without_a_seed_samples_differ() -> None:
 
 def test_prompts_go_on_while_others_decode() -> None:
     """A long prompt takes several steps, and a sequence that decodes gets a token in each."""
-    sampler = make_sampler(tiny_decoder(), micro_batch_tokens=256)
+    sampler = make_sampler(tiny_decoder())
     sampler.add("short", sample_of(prompt_of(3), replace(ENDLESS, max_tokens=4)), None)
     sampler.step()
-    sampler.add("long", sample_of(prompt_of(300), replace(ENDLESS, max_tokens=1)), None)
+    sampler.add("long", sample_of(prompt_of(500), replace(ENDLESS, max_tokens=1)), None)
     order = []
     while sampler.active:
         order.append([key for key, _ in sampler.step()])
-    assert order == [[], [], ["short"], [], ["long"]]
+    assert order == [[], [], ["short"], ["long"]]
+
+
+@each_ops
+def test_a_request_has_the_same_bits_beside_31_others_of_other_adapters_and_lengths(ops: Ops) -> None:
+    decoder = tiny_decoder(precision="bf16", ops=ops)
+    adapters = [make_adapter(decoder, seed) for seed in range(31)]
+    others: list[Wanted] = [
+        (sample_of(prompt_of(3 + 9 * n, n), replace(ENDLESS, seed=n, max_tokens=2 + n)), adapters[n]) for n in range(31)
+    ]
+    mine: Wanted = (sample_of(prompt_of(140), ENDLESS), adapters[3])
+    alone = run_one(decoder, *mine)
+    for place in (0, 16, 31):
+        outcomes = run(make_sampler(decoder), [*others[:place], mine, *others[place:]])
+        assert_same(outcomes[place], alone)
+
+
+# --- what is known already --------------------------------------------------------------------------------------------
+
+
+def rows_of(decoder: CountedDecoder, sampler: Sampler, wanted: Sequence[Wanted]) -> tuple[int, list[Any]]:
+    """How many rows these requests cost, and their outcomes."""
+    before = decoder.num_rows
+    outcomes = run(sampler, wanted)
+    return decoder.num_rows - before, outcomes
+
+
+@each_ops
+@each_precision
+@pytest.mark.parametrize("length", [5, 128, 300, 384])
+def test_a_prompt_that_is_known_is_not_computed_again_and_gives_the_same_bits(
+    length: int, precision: Precision, ops: Ops
+) -> None:
+    decoder = tiny_decoder(precision=precision, ops=ops)
+    adapter, sampler = make_adapter(decoder), make_sampler(decoder)
+    wanted: Wanted = (sample_of(prompt_of(length), num_samples=2), adapter)
+    first_rows, (first,) = rows_of(decoder, sampler, [wanted])
+    again_rows, (again,) = rows_of(decoder, sampler, [wanted])
+    assert again_rows == first_rows - length
+    assert_same(again, first)
+    assert_same(first, run_one(decoder, *wanted))
+
+
+@pytest.mark.parametrize("steps_between", [0, 1])
+def test_requests_of_one_prompt_compute_it_once(steps_between: int) -> None:
+    decoder = tiny_decoder()
+    params = replace(ENDLESS, max_tokens=1)
+    wanted: list[Wanted] = [(sample_of(prompt_of(200), replace(params, seed=n)), None) for n in range(5)]
+    before = decoder.num_rows
+    outcomes = run(make_sampler(decoder), wanted, steps_between)
+    assert decoder.num_rows - before == 200
+    for outcome, (command, _) in zip(outcomes, wanted, strict=True):
+        assert_same(outcome, run_one(decoder, command))
+
+
+def test_prompts_that_begin_alike_share_whole_chunks() -> None:
+    decoder = tiny_decoder()
+    params = replace(ENDLESS, max_tokens=1)
+    common = prompt_of(300)
+    wanted: list[Wanted] = [(sample_of((*common, *prompt_of(20, n)), params), None) for n in range(3)]
+    num_rows, outcomes = rows_of(decoder, make_sampler(decoder), wanted)
+    assert num_rows == 2 * 128 + 3 * (320 - 256)
+    for outcome, (command, _) in zip(outcomes, wanted, strict=True):
+        assert_same(outcome, run_one(decoder, command))
+
+
+@pytest.mark.parametrize("other", ["scope", "adapter", "no adapter"])
+def test_what_one_tenant_or_adapter_computed_serves_no_other(other: str) -> None:
+    decoder = tiny_decoder()
+    adapter, sampler = make_adapter(decoder), make_sampler(decoder)
+    command = sample_of(prompt_of(200), replace(ENDLESS, max_tokens=1), cache_scope="mine")
+    first_rows, _ = rows_of(decoder, sampler, [(command, adapter)])
+    theirs = replace(command, cache_scope="theirs") if other == "scope" else command
+    their_adapter = {"scope": adapter, "adapter": make_adapter(decoder, 1), "no adapter": None}[other]
+    their_rows, (outcome,) = rows_of(decoder, sampler, [(theirs, their_adapter)])
+    assert their_rows == first_rows == 200
+    assert_same(outcome, run_one(decoder, theirs, their_adapter))
+
+
+def test_prompt_logprobs_are_computed_although_the_prompt_is_known_and_make_it_known() -> None:
+    decoder = tiny_decoder()
+    sampler = make_sampler(decoder)
+    plain = sample_of(prompt_of(150), replace(ENDLESS, max_tokens=1))
+    scored = replace(plain, prompt_logprobs=True)
+    found = [rows_of(decoder, sampler, [(command, None)]) for command in (scored, plain, scored)]
+    assert [num_rows for num_rows, _ in found] == [150, 0, 150]
+    for (_, (outcome,)), command in zip(found, (scored, plain, scored), strict=True):
+        assert_same(outcome, run_one(decoder, command))
+
+
+def test_what_other_operators_computed_is_not_used() -> None:
+    decoder = CountedDecoder(load_weights(str(tiny_directory("qwen3"))), "bf16", CPU)
+    sampler, command = make_sampler(decoder), sample_of(prompt_of(150), replace(ENDLESS, max_tokens=6))
+    run(sampler, [(command, None)])
+    decoder.ops = COMPILED
+    num_rows, (outcome,) = rows_of(decoder, sampler, [(command, None)])
+    assert num_rows == 150 + 5
+    assert_same(outcome, run_one(decoder, command))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data())
+def test_no_page_is_lost_whatever_comes_and_goes(drawn: DataObject) -> None:
+    """Random requests, few pages, any number of steps between them: all end, and every page can be taken again."""
+    decoder = tiny_decoder(ops=COMPILED)
+    adapters = [None, make_adapter(decoder), make_adapter(decoder, 1)]
+    adapters[2].params_P[7] = torch.nan  # type: ignore[union-attr]
+    sampler = make_sampler(decoder, kv_cache_tokens=drawn.draw(sampled_from([320, 500, 1000])), max_decode_rows=5)
+    number = integers(0, 10**6)
+    num_wanted = drawn.draw(integers(1, 6))
+    outcomes = []
+    for key in range(num_wanted):
+        length = drawn.draw(sampled_from([1, 16, 100, 128, 140, 256, 290]))
+        params = replace(ENDLESS, seed=drawn.draw(number), max_tokens=drawn.draw(integers(1, 24)), stop=(5, 6, 7))
+        command = sample_of(
+            prompt_of(length, drawn.draw(integers(0, 1))),
+            params,
+            drawn.draw(integers(1, 7)),
+            prompt_logprobs=drawn.draw(booleans()),
+            cache_scope=drawn.draw(sampled_from(["a", "b"])),
+        )
+        sampler.add(key, command, adapters[drawn.draw(integers(0, 2))])
+        for _ in range(drawn.draw(integers(0, 8))):
+            outcomes += sampler.step()
+    while sampler.active:
+        outcomes += sampler.step()
+    assert sorted(key for key, _ in outcomes) == list(range(num_wanted))
+    num_pages = len(sampler._pages.pages)
+    assert sampler._cache.num_takeable == num_pages
+    assert len(set(sampler._cache.take(num_pages))) == num_pages
 
 
 # --- how a sequence ends ----------------------------------------------------------------------------------------------
@@ -324,9 +472,10 @@ def test_a_request_that_can_never_be_honoured_is_refused(command: Sample, proble
     assert not sampler.active
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_nan_in_an_adapter_fails_its_own_request_alone(precision: Precision) -> None:
-    decoder = tiny_decoder(precision=precision)
+@each_ops
+@each_precision
+def test_a_nan_in_an_adapter_fails_its_own_request_alone(precision: Precision, ops: Ops) -> None:
+    decoder = tiny_decoder(precision=precision, ops=ops)
     broken = make_adapter(decoder)
     broken.params_P[123] = torch.nan
     healthy = [(sample_of(prompt_of(5 + n, n), num_samples=2), make_adapter(decoder, n)) for n in range(3)]
@@ -362,8 +511,8 @@ def smollm2_tokenizer() -> Tokenizer:
 
 
 @cache
-def smollm2_decoder(precision: Precision) -> Decoder:
-    return Decoder(smollm2_weights(), precision, CPU)
+def smollm2_decoder(precision: Precision, ops: Ops = EAGER) -> Decoder:
+    return Decoder(smollm2_weights(), precision, CPU, ops)
 
 
 def smollm2_sample(prompt: str, params: SamplingParams, adapter: Adapter | None = None) -> SampledSequence:
@@ -401,9 +550,10 @@ def test_greedy_sampling_of_smollm2_with_an_adapter_equals_peft() -> None:
 
 
 @pytest.mark.slow
+@each_ops
 @pytest.mark.parametrize(("precision", "mean", "largest"), [("float32", 1e-5, 1e-4), ("bf16", 0.03, 0.5)])
-def test_smollm2_logprobs_are_near_the_trainers(precision: Precision, mean: float, largest: float) -> None:
-    decoder = smollm2_decoder(precision)
+def test_smollm2_logprobs_are_near_the_trainers(precision: Precision, mean: float, largest: float, ops: Ops) -> None:
+    decoder = smollm2_decoder(precision, ops)
     command = sample_of(smollm2_tokenizer().encode(PROMPTS[2]).ids, replace(ENDLESS, max_tokens=32), num_samples=4)
     state = random_adapter_state(decoder.config, LoraSpec(rank=8, seed=1), size=0.01)
     adapter = Adapter.from_state(decoder.config.linear_shapes(), state, CPU, trainable=False)
@@ -414,9 +564,10 @@ def test_smollm2_logprobs_are_near_the_trainers(precision: Precision, mean: floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_seeded_smollm2_sample_has_the_same_bits_beside_others(precision: Precision) -> None:
-    decoder = smollm2_decoder(precision)
+@each_ops
+@each_precision
+def test_a_seeded_smollm2_sample_has_the_same_bits_beside_others(precision: Precision, ops: Ops) -> None:
+    decoder = smollm2_decoder(precision, ops)
     shapes = decoder.config.linear_shapes()
     states = [random_adapter_state(decoder.config, LoraSpec(rank=8, seed=1), seed, 0.01) for seed in range(2)]
     adapters = [None, *(Adapter.from_state(shapes, state, CPU, trainable=False) for state in states)]

@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_tokenizer
-from tuft.engine.sampling import Draw, StopRule, check_params, draw_tokens, uniform
+from tuft.engine.sampling import Draw, StopRule, check_params, draw_tokens, uniforms
 from tuft.errors import InvalidInput
 from tuft.types import SamplingParams
+
+
+def uniform(seed: int, sample_index: int, position: int) -> float:
+    return uniforms(seed, sample_index, position, 1)[0]
+
 
 VOCAB_SIZE = 1000  # not a multiple of the blocks that the draw sums
 
@@ -136,6 +141,12 @@ def test_a_uniform_depends_on_seed_index_and_position_and_on_each() -> None:
     values = [uniform(seed, index, position) for seed in (0, 1, -1, 2**64) for index in (0, 1) for position in (0, 1)]
     assert len(set(values)) == 12  # seed 2 ** 64 is seed 0: 64 bits count
     assert all(0 <= value < 1 for value in values)
+
+
+def test_uniforms_are_the_same_however_many_are_drawn_at_once() -> None:
+    ahead = uniforms(3, 1, 100, 40)
+    assert ahead[:7] == uniforms(3, 1, 100, 7)
+    assert [uniform(3, 1, 100 + n) for n in range(40)] == ahead
 
 
 def test_uniforms_are_uniform() -> None:

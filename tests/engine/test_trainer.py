@@ -22,19 +22,23 @@ from tests.engine.reference import (
     smollm2_transformers,
     smollm2_weights,
 )
+from tests.models.operators import EAGER, each_ops
 from tests.models.tiny import TINY_KINDS, VOCAB_SIZE, TinyKind, make_tiny_model
 from tuft.engine.base import RunLoss
 from tuft.engine.losses import LOSSES, Loss, LossRecord, LossTerms
-from tuft.engine.optim import optim_step
+from tuft.engine.optim import optim_steps
 from tuft.engine.trainer import Trainer
 from tuft.errors import EngineError, TuftError, UserError
 from tuft.models.decoder import Decoder, Precision
 from tuft.models.load import load_weights
 from tuft.models.lora import Adapter
-from tuft.types import AdamParams, AdapterState, Datum, LoraSpec, LossResult
+from tuft.models.ops import Ops
+from tuft.prefixes import cut
+from tuft.types import AdamParams, AdapterState, Datum, LoraSpec, LossResult, OptimStepResult
 
 TOLERANCE = 1e-4
-ADAM = AdamParams(learning_rate=1e-3, eps=1e-8, weight_decay=0.1, grad_clip_norm=1.0)
+# eps so large that it does not come down to the sign of a gradient that is almost zero
+ADAM = AdamParams(learning_rate=1e-3, eps=1e-5, weight_decay=0.1, grad_clip_norm=1.0)
 # "The sky is blue because air scatters short waves of light more than long ones. At sunset the light comes a longer
 # way through the air, and what is left of it is red.", as SmolLM2's tokens
 TEXT = [
@@ -49,17 +53,41 @@ def load_adapter(decoder: Decoder, state: AdapterState) -> Adapter:
 
 
 def run_all(
-    trainer: Trainer, operations: Sequence[RunLoss], adapters: dict[str, Adapter]
-) -> list[LossResult | TuftError]:
-    results = dict(trainer.run(operations, adapters))
-    assert len(results) == len(operations)
-    return [results[index] for index in range(len(operations))]
+    trainer: Trainer, parts: Sequence[RunLoss], adapters: dict[str, Adapter]
+) -> list[LossResult | TuftError | None]:
+    """All in one pass."""
+    results = dict(trainer.run(parts, adapters))
+    assert len(results) == len(parts)
+    return [results[index] for index in range(len(parts))]
+
+
+def in_parts(operation: RunLoss, max_rows: int, operation_id: str = "operation") -> list[RunLoss]:
+    cuts = cut([datum.tokens_T for datum in operation.data], max_rows)
+    return [
+        replace(
+            operation,
+            data=operation.data[piece.first : piece.stop],
+            operation_id=operation_id,
+            first_datum=piece.first,
+            is_last=piece is cuts[-1],
+        )
+        for piece in cuts
+    ]
 
 
 def run_one(trainer: Trainer, operation: RunLoss, adapter: Adapter) -> LossResult:
-    (result,) = run_all(trainer, [operation], {operation.adapter_id: adapter})
+    """Cut as the service does, a part a pass."""
+    result: object = None
+    for part in in_parts(operation, trainer.micro_batch_tokens):
+        assert result is None
+        (result,) = run_all(trainer, [part], {operation.adapter_id: adapter})
     assert isinstance(result, LossResult), result
     return result
+
+
+def gradients_of(adapter: Adapter) -> torch.Tensor:
+    assert adapter.gradients_P is not None
+    return adapter.gradients_P
 
 
 def cross_entropy(adapter_id: str, data: tuple[Datum, ...], backward: bool = True) -> RunLoss:
@@ -89,7 +117,9 @@ def assert_trains_like_peft(
             for name, expected in reference.gradients().items():
                 assert relative_error(gradients[name], expected) < TOLERANCE, name
         expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters.values(), adam.grad_clip_norm)
-        metrics = optim_step(adapter, adam).metrics
+        (stepped,) = optim_steps([(adapter, adam)])
+        assert isinstance(stepped, OptimStepResult)
+        metrics = stepped.metrics
         optimizer.step()
         optimizer.zero_grad()
         assert metrics["grad_norm:mean"] == pytest.approx(float(expected_norm), rel=TOLERANCE if step == 0 else 1e-2)
@@ -102,13 +132,14 @@ def random_tiny_data(seed: int) -> tuple[Datum, ...]:
     return random_data(VOCAB_SIZE, (5, 9, 1, 33, 9, 40), seed)
 
 
+@each_ops
 @pytest.mark.parametrize("train_unembed", [True, False])
 @pytest.mark.parametrize("kind", TINY_KINDS)
 def test_every_architecture_trains_as_under_transformers_and_peft(
-    kind: TinyKind, train_unembed: bool, tmp_path: Path
+    kind: TinyKind, train_unembed: bool, ops: Ops, tmp_path: Path
 ) -> None:
     directory = make_tiny_model(kind, tmp_path)
-    decoder = Decoder(load_weights(str(directory)), "float32", CPU)
+    decoder = Decoder(load_weights(str(directory)), "float32", CPU, ops)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     state = random_adapter_state(decoder.config, LoraSpec(rank=4, seed=1, train_unembed=train_unembed))
     assert_trains_like_peft(decoder, base, state, random_tiny_data)
@@ -124,9 +155,10 @@ def test_only_the_chosen_linears_are_trained(train_attn: bool, train_mlp: bool, 
 
 
 @pytest.mark.slow
+@each_ops
 @pytest.mark.parametrize("train_unembed", [True, False])
-def test_the_embedded_model_trains_as_under_transformers_and_peft(train_unembed: bool) -> None:
-    decoder = Decoder(smollm2_weights(), "float32", CPU)
+def test_the_embedded_model_trains_as_under_transformers_and_peft(train_unembed: bool, ops: Ops) -> None:
+    decoder = Decoder(smollm2_weights(), "float32", CPU, ops)
     spec = LoraSpec(rank=8, seed=1, train_unembed=train_unembed)
     state = random_adapter_state(decoder.config, spec, size=0.02)
     assert_trains_like_peft(decoder, smollm2_transformers(), state, text_data, replace(ADAM, learning_rate=1e-4))
@@ -149,13 +181,13 @@ def text_data(seed: int) -> tuple[Datum, ...]:
 
 
 @cache
-def tiny_decoder(precision: Precision) -> Decoder:
+def tiny_decoder(precision: Precision, ops: Ops = EAGER) -> Decoder:
     """Odd sizes on purpose: no multiples of the vector width."""
     with tempfile.TemporaryDirectory() as directory:
         path = make_tiny_model(
             "qwen3", Path(directory), hidden_size=40, intermediate_size=200, head_dim=16, num_hidden_layers=3
         )
-        return Decoder(load_weights(str(path)), precision, CPU)
+        return Decoder(load_weights(str(path)), precision, CPU, ops)
 
 
 def neighbour(decoder: Decoder, number: int) -> tuple[RunLoss, AdapterState]:
@@ -173,14 +205,18 @@ def neighbour(decoder: Decoder, number: int) -> tuple[RunLoss, AdapterState]:
 @pytest.mark.parametrize("num_neighbours", [1, 3, 7])
 @pytest.mark.parametrize("lengths", [MIXED_LENGTHS, (1,), (2, 3)], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_fused_equals_alone_bit_for_bit(precision: Precision, lengths: tuple[int, ...], num_neighbours: int) -> None:
-    assert_fused_equals_alone(tiny_decoder(precision), lengths, num_neighbours)
+@each_ops
+def test_fused_equals_alone_bit_for_bit(
+    ops: Ops, precision: Precision, lengths: tuple[int, ...], num_neighbours: int
+) -> None:
+    assert_fused_equals_alone(tiny_decoder(precision, ops), lengths, num_neighbours)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_fused_equals_alone_bit_for_bit_with_the_embedded_model(precision: Precision) -> None:
-    assert_fused_equals_alone(Decoder(smollm2_weights(), precision, CPU), (100, 3, 64, 1, 17), num_neighbours=4)
+@each_ops
+def test_fused_equals_alone_bit_for_bit_with_the_embedded_model(ops: Ops, precision: Precision) -> None:
+    assert_fused_equals_alone(Decoder(smollm2_weights(), precision, CPU, ops), (100, 3, 64, 1, 17), num_neighbours=4)
 
 
 def assert_fused_equals_alone(decoder: Decoder, lengths: tuple[int, ...], num_neighbours: int) -> None:
@@ -201,7 +237,7 @@ def assert_fused_equals_alone(decoder: Decoder, lengths: tuple[int, ...], num_ne
     assert isinstance(result, LossResult)
     assert result.metrics == expected.metrics
     assert all(np.array_equal(a, b) for a, b in zip(result.logprobs, expected.logprobs, strict=True))
-    assert torch.equal(fused.gradients_P, alone.gradients_P)
+    assert torch.equal(gradients_of(fused), gradients_of(alone))
 
 
 def test_a_diverged_neighbour_fails_alone_and_by_name() -> None:
@@ -218,10 +254,10 @@ def test_a_diverged_neighbour_fails_alone_and_by_name() -> None:
 
     assert isinstance(error, UserError)
     assert "data[0].logprobs" in str(error)
-    assert not diverged.gradients_P.any()
+    assert diverged.gradients_P is None
     assert isinstance(result, LossResult)
     assert result.metrics == expected.metrics
-    assert torch.equal(fused.gradients_P, alone.gradients_P)
+    assert torch.equal(gradients_of(fused), gradients_of(alone))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +273,7 @@ def test_weights_that_overflow_are_the_operations_own_error(weight: float, field
 
     assert isinstance(error, UserError)
     assert field in str(error)
-    assert not adapter.gradients_P.any()
+    assert adapter.gradients_P is None
 
 
 def test_bad_data_is_refused_before_it_is_computed_with_others() -> None:
@@ -278,7 +314,7 @@ def test_what_a_shared_pass_raises_is_blamed_on_the_culprit_only(
     assert "Traceback" in capfd.readouterr().err
     assert isinstance(result, LossResult)
     assert result.metrics == expected.metrics
-    assert torch.equal(fused.gradients_P, alone.gradients_P)
+    assert torch.equal(gradients_of(fused), gradients_of(alone))
 
 
 def without_weights(datum: Datum) -> Datum:
@@ -294,10 +330,11 @@ def test_operations_of_one_adapter_accumulate_in_their_order() -> None:
         for number, lengths in enumerate([(40, 40, 3), (5,), (30,)])
     ]
     together, one_by_one = load_adapter(decoder, state), load_adapter(decoder, state)
-    run_all(trainer, operations, {"a": together})
+    parts = [part for number, whole in enumerate(operations) for part in in_parts(whole, 64, f"operation-{number}")]
+    run_all(trainer, parts, {"a": together})
     for operation in operations:
         run_one(trainer, operation, one_by_one)
-    assert torch.equal(together.gradients_P, one_by_one.gradients_P)
+    assert torch.equal(gradients_of(together), gradients_of(one_by_one))
 
 
 def test_a_forward_changes_nothing_and_reports_the_same_logprobs() -> None:
@@ -306,24 +343,36 @@ def test_a_forward_changes_nothing_and_reports_the_same_logprobs() -> None:
     adapter = load_adapter(decoder, random_adapter_state(decoder.config, LoraSpec(rank=5, seed=1)))
     data = random_data(decoder.config.vocab_size, MIXED_LENGTHS)
     forward = run_one(trainer, cross_entropy("a", data, backward=False), adapter)
-    assert not adapter.gradients_P.any()
+    assert adapter.gradients_P is None
     backward = run_one(trainer, cross_entropy("a", data), adapter)
-    assert adapter.gradients_P.any()
+    assert gradients_of(adapter).any()
     assert forward.metrics == backward.metrics
     assert all(np.array_equal(a, b) for a, b in zip(forward.logprobs, backward.logprobs, strict=True))
 
 
-def test_short_operations_end_first_and_between_is_called_between_passes() -> None:
+def test_forwards_and_backwards_are_a_pass_each() -> None:
     decoder = tiny_decoder("float32")
-    adapters = {
-        name: load_adapter(decoder, random_adapter_state(decoder.config, LoraSpec(rank=2, seed=1))) for name in "ab"
-    }
-    long = cross_entropy("a", random_data(decoder.config.vocab_size, (60, 60, 60)))
-    short = cross_entropy("b", random_data(decoder.config.vocab_size, (10,)))
+    state = random_adapter_state(decoder.config, LoraSpec(rank=2, seed=1))
+    adapters = {name: load_adapter(decoder, state) for name in "ab"}
+    data = random_data(decoder.config.vocab_size, (10,))
+    parts = [cross_entropy(name, data, backward) for name, backward in (("a", True), ("b", False), ("b", True))]
     events: list[object] = []
-    for index, _ in Trainer(decoder, 64).run([long, short], adapters, between=lambda: events.append("between")):
+    for index, _ in Trainer(decoder, 64).run(parts, adapters, between=lambda: events.append("between")):
         events.append(index)
-    assert events == [1, "between", "between", "between", 0]
+    assert events == [1, "between", 0, 2]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_pass_beyond_the_budget_has_the_bits_of_one_that_keeps_its_activations(precision: Precision) -> None:
+    decoder = tiny_decoder(precision)
+    state = random_adapter_state(decoder.config, LoraSpec(rank=5, seed=1))
+    operation = cross_entropy("a", random_data(decoder.config.vocab_size, (500,)))
+    kept, computed_again = load_adapter(decoder, state), load_adapter(decoder, state)
+    expected = run_one(Trainer(decoder, 512), operation, kept)
+    result = run_one(Trainer(decoder, 64), operation, computed_again)
+    assert result.metrics == expected.metrics
+    assert np.array_equal(result.logprobs[0], expected.logprobs[0])
+    assert torch.equal(gradients_of(computed_again), gradients_of(kept))
 
 
 def test_soft_targets_are_summed_over_their_alternatives() -> None:
@@ -347,7 +396,7 @@ def test_soft_targets_are_summed_over_their_alternatives() -> None:
     np.testing.assert_allclose(result.logprobs[0][:, 0], hard.logprobs[0], rtol=1e-6)
     expected_loss = hard.metrics["loss:sum"] + hard_second.metrics["loss:sum"]
     assert result.metrics["loss:sum"] == pytest.approx(expected_loss, rel=1e-5)
-    assert relative_error(together.gradients_P.numpy(), apart.gradients_P.numpy()) < 1e-5
+    assert relative_error(gradients_of(together).numpy(), gradients_of(apart).numpy()) < 1e-5
 
 
 def with_metrics(record: LossRecord) -> LossTerms:
@@ -372,7 +421,7 @@ def test_bf16_stays_within_its_bound_of_float32() -> None:
         adapter = load_adapter(decoder, random_adapter_state(decoder.config, LoraSpec(rank=8, seed=1)))
         data = random_data(decoder.config.vocab_size, (*MIXED_LENGTHS, 100, 100))
         results.append(np.concatenate(run_one(Trainer(decoder, 512), cross_entropy("a", data), adapter).logprobs))
-        gradients.append(adapter.gradients_P.numpy())
+        gradients.append(gradients_of(adapter).numpy())
     assert np.abs(results[1] - results[0]).max() < 0.1
     assert relative_error(gradients[1], gradients[0]) < 0.1
     assert not np.array_equal(results[1], results[0])

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tuft"
 
-GROUND = {"tuft", "tuft.types", "tuft.errors", "tuft.config", "tuft.records"}
+GROUND = {"tuft", "tuft.types", "tuft.errors", "tuft.config", "tuft.records", "tuft.prefixes"}
 MAY_SEE = {
     "models": set(),
     "store": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,16 @@ from tests.models.tiny import TINY_KINDS, VOCAB_SIZE, TinyKind, make_tiny_model
 from tuft.models.decoder import Decoder
 from tuft.models.load import load_weights
 from tuft.models.lora import Adapter, Segment
-from tuft.models.packed import PackedAttention
+from tuft.models.packed import Branch, PackedAttention
 from tuft.types import LoraSpec
 
 
 def packed_logits(decoder: Decoder, sequences: list[Tensor], segments: list[Segment]) -> list[Tensor]:
     lengths = [len(tokens) for tokens in sequences]
     positions_T = torch.cat([torch.arange(length) for length in lengths])
+    branches = [Branch(stop - length, stop) for stop, length in zip(accumulate(lengths), lengths, strict=True)]
     with torch.no_grad():
-        x_TD = decoder.hidden(torch.cat(sequences), positions_T, PackedAttention(lengths, CPU), segments)
+        x_TD = decoder.hidden(torch.cat(sequences), positions_T, PackedAttention(branches, CPU), segments)
         return list(decoder.logits(x_TD, segments).split(lengths))
 
 

@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.operators import each_ops
 from tuft.models.functions import (
     MAX_PACKED_ROWS,
     AddRmsNorm,
     HeadRmsNorm,
-    LoraRows,
     RotaryHeads,
     SwiGlu,
-    add_lora,
     base_product,
     packed_product,
     packed_weight,
 )
-from tuft.models.lora import LoraGroup
+from tuft.models.ops import Ops
 
 H, G, d = 4, 2, 16
 
@@ -47,36 +46,40 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def test_add_rms_norm() -> None:
+@each_ops
+def test_add_rms_norm(ops: Ops) -> None:
     weight_D = random(40, seed=5)
     assert_same_function(
-        lambda residual, update: AddRmsNorm.apply(residual, update, weight_D, 1e-5),
+        lambda residual, update: AddRmsNorm.apply(ops, residual, update, weight_D, 1e-5),
         lambda residual, update: (residual + update, rms_norm(residual + update, weight_D, 1e-5)),
         random(7, 40),
         random(7, 40, seed=1),
     )
 
 
-def test_the_first_norm_starts_the_residual_stream() -> None:
+@each_ops
+def test_the_first_norm_starts_the_residual_stream(ops: Ops) -> None:
     weight_D = random(40, seed=5)
     assert_same_function(
-        lambda update: AddRmsNorm.apply(None, update, weight_D, 1e-5),
+        lambda update: AddRmsNorm.apply(ops, None, update, weight_D, 1e-5),
         lambda update: (update, rms_norm(update, weight_D, 1e-5)),
         random(7, 40),
     )
 
 
-def test_head_rms_norm() -> None:
+@each_ops
+def test_head_rms_norm(ops: Ops) -> None:
     weight_qkd = random(H + G, d, seed=5)
 
     def plain(qkv_TN: Tensor) -> Tensor:
         heads = qkv_TN.view(-1, H + 2 * G, d)
         return torch.cat([rms_norm(heads[:, : H + G], weight_qkd, 1e-6), heads[:, H + G :]], dim=1).flatten(1)
 
-    assert_same_function(lambda qkv: HeadRmsNorm.apply(qkv, weight_qkd, 1e-6), plain, random(7, (H + 2 * G) * d))
+    assert_same_function(lambda qkv: HeadRmsNorm.apply(ops, qkv, weight_qkd, 1e-6), plain, random(7, (H + 2 * G) * d))
 
 
-def test_rotary_heads() -> None:
+@each_ops
+def test_rotary_heads(ops: Ops) -> None:
     angles_Th = random(7, d // 2, seed=5)
     cos_T1d, sin_T1h = torch.cat([angles_Th, angles_Th], 1).cos().unsqueeze(1), angles_Th.sin().unsqueeze(1)
 
@@ -87,26 +90,33 @@ def test_rotary_heads() -> None:
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return rotated[:, :H], rotated[:, H:], heads[:, H + G :]
 
-    assert_same_function(lambda qkv: RotaryHeads.apply(qkv, cos_T1d, sin_T1h, H, G), plain, random(7, (H + 2 * G) * d))
+    assert_same_function(
+        lambda qkv: RotaryHeads.apply(ops, qkv, cos_T1d, sin_T1h, H, G), plain, random(7, (H + 2 * G) * d)
+    )
 
 
-def test_swiglu() -> None:
+@each_ops
+def test_swiglu(ops: Ops) -> None:
     def plain(gate_up_TN: Tensor) -> Tensor:
         gate, up = gate_up_TN.chunk(2, dim=1)
         return torch.nn.functional.silu(gate) * up
 
-    assert_same_function(SwiGlu.apply, plain, random(7, 80))
+    assert_same_function(lambda gate_up: SwiGlu.apply(ops, gate_up), plain, random(7, 80))
 
 
 @pytest.mark.parametrize("num_columns", [72, 100, 1536])
 @pytest.mark.parametrize("num_rows", [1, 3, 17, 333, 511, 512])
-def test_a_row_of_swiglu_does_not_depend_on_the_other_rows(num_rows: int, num_columns: int) -> None:
-    all_rows = (3 * random(700, 2 * num_columns)).requires_grad_()
-    dout = random(700, num_columns, seed=1)
-    expected = SwiGlu.apply(all_rows)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_ops
+def test_a_row_of_swiglu_does_not_depend_on_the_other_rows(
+    ops: Ops, dtype: torch.dtype, num_rows: int, num_columns: int
+) -> None:
+    all_rows = (3 * random(700, 2 * num_columns)).to(dtype).requires_grad_()
+    dout = random(700, num_columns, seed=1).to(dtype)
+    expected = SwiGlu.apply(ops, all_rows)
     (expected_gradient,) = torch.autograd.grad(expected, all_rows, dout)
     some_rows = all_rows[5 : 5 + num_rows].detach().clone().requires_grad_()
-    actual = SwiGlu.apply(some_rows)
+    actual = SwiGlu.apply(ops, some_rows)
     (gradient,) = torch.autograd.grad(actual, some_rows, dout[5 : 5 + num_rows])
     assert torch.equal(actual, expected[5 : 5 + num_rows])
     assert torch.equal(gradient, expected_gradient[5 : 5 + num_rows])
@@ -120,22 +130,6 @@ def test_a_row_of_a_base_product_does_not_depend_on_the_other_rows(num_rows: int
     assert torch.equal(base_product(x_TK[3 : 3 + num_rows], weight_NK), expected[3 : 3 + num_rows])
     back = base_product(expected, weight_NK.t())
     assert torch.equal(base_product(expected[3 : 3 + num_rows], weight_NK.t()), back[3 : 3 + num_rows])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 7, 9, 11, 12, 33])
-def test_a_row_of_a_lora_product_does_not_depend_on_the_other_rows(num_rows: int, dtype: torch.dtype) -> None:
-    x_TK, y_TN = random(60, 1536).to(dtype), random(60, 960, seed=3).to(dtype)
-    group = LoraGroup(
-        random(24, 1536, seed=1).to(dtype), tuple(random(n, 8, seed=n).to(dtype) for n in (576, 192, 192))
-    )
-
-    def added(first: int, last: int) -> Tensor:
-        y = y_TN[first:last].clone()
-        add_lora(y, x_TK[first:last], [LoraRows(0, last - first, 0.5, group, None)])
-        return y
-
-    assert torch.equal(added(6, 6 + num_rows), added(0, 60)[6 : 6 + num_rows])
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, MAX_PACKED_ROWS])

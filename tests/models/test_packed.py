@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.engine.reference import CPU
-from tuft.models.packed import PackedAttention
+from tuft.models.packed import Branch, PackedAttention
 
 H, G, d = 6, 2, 32
-LENGTHS = (5, 40, 1, 17, 40, 5, 2, 600)
+LENGTHS = (5, 40, 1, 17, 40, 5, 2, 600, 129, 600)
 
 
 def random(num_rows: int, num_heads: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -20,10 +21,14 @@ def random(num_rows: int, num_heads: int, seed: int, dtype: torch.dtype) -> Tens
     return torch.randn(num_rows, num_heads, d, generator=generator).to(dtype)
 
 
+def whole(lengths: Sequence[int]) -> list[Branch]:
+    return [Branch(stop - length, stop) for stop, length in zip(accumulate(lengths), lengths, strict=True)]
+
+
 def packed(lengths: Sequence[int], inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
     """Contexts, and the gradients of queries, keys and values."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = PackedAttention(lengths, CPU).attend(0, leaves[0], leaves[1], leaves[2])
+    out = PackedAttention(whole(lengths), CPU).attend(0, leaves[0], leaves[1], leaves[2])
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 

@@ -16,7 +16,10 @@ from tuft.service.futures import Pending
 from tuft.service.services import Services
 from tuft.types import Failure, FutureResult
 
-LIMITS = """
+SETTINGS = """
+[engine]
+compiled_kernels = false
+
 [limits]
 max_rank = 8
 max_runs_per_tenant = 3
@@ -28,7 +31,7 @@ seq_gap_timeout_s = 1.0
 @pytest.fixture(scope="session")
 def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("service") / "tuft.toml"
-    file.write_text(tiny_config(tiny_model, LIMITS))
+    file.write_text(tiny_config(tiny_model, SETTINGS))
     return file
 
 

@@ -294,16 +294,3 @@ async def test_many_tenants_at_once_all_get_their_results(services: Services, al
     alone = await tenant_loop("first")
     together = await asyncio.gather(*(tenant_loop(f"tenant{number}") for number in range(8)))
     assert all(losses == alone for losses in together)
-
-
-async def test_stopping_ends_even_when_the_last_work_ends_at_that_instant(
-    services: Services, alice: Tenant, session: Session, run_id: str
-) -> None:
-    for attempt in range(20):
-        loop = asyncio.get_running_loop().create_task(services._scheduler.serve())
-        await asyncio.sleep(0)
-        services._scheduler._wake.set()
-        await asyncio.sleep(0)  # the waiter is done, its task not yet resumed
-        loop.cancel()
-        done, _ = await asyncio.wait([loop], timeout=5)
-        assert done, f"attempt {attempt} swallowed the cancellation"

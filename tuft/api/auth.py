@@ -1,4 +1,7 @@
-"""Who calls: every route takes its tenant from the API key here, or is on the short list of public ones."""
+"""Who calls: every route takes its tenant from the API key here, or is on the short list of public ones.
+
+The dependencies are ``async`` though they await nothing: FastAPI runs others in threads, four hops a request.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,19 @@ from tuft.records import Tenant
 from tuft.service.services import Services
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
 
-def tenant_of(request: Request) -> Tenant:
+async def tenant_of(request: Request) -> Tenant:
     """The tenant of ``X-API-Key``, or of ``Authorization: Bearer``. Raises Unauthorized."""
     key = request.headers.get("x-api-key")
     if key is None:
         scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
         key = credentials.strip() if scheme.lower() == "bearer" else None
-    return services_of(request).tenants.authenticate(key)
+    services: Services = request.app.state.services
+    return services.tenants.authenticate(key)
 
 
 Served = Annotated[Services, Depends(services_of)]

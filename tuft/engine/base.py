@@ -31,12 +31,16 @@ class BaseModelSource:
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """``micro_batch_tokens`` bounds the tokens of one forward and backward; ``kv_cache_tokens`` what all sequences
-    being sampled may hold together. ``num_threads`` 0 leaves torch's own choice."""
+    being sampled may hold together. ``num_threads`` 0 leaves torch's own choice. ``kernel_cache``: directory where
+    compiled CPU kernels are kept; None computes with torch's own operators. ``packed_decode``: keep weights a second
+    time, for products of few rows."""
 
     device: str = "auto"
+    kernel_cache: str | None = None
     micro_batch_tokens: int = 2048
     kv_cache_tokens: int = 65_536
     max_decode_rows: int = 32
+    packed_decode: bool = True
     num_threads: int = 0
 
 
@@ -85,14 +89,23 @@ class DropAdapter:
 
 @dataclass(frozen=True, slots=True)
 class RunLoss:
-    """forward (``backward`` False) or forward_backward of one operation. Its gradients are added to the adapter's only
-    when the whole operation succeeded. Reply: LossResult."""
+    """A part of one forward (``backward`` False) or forward_backward: consecutive data of it, computed in one pass.
+
+    An operation is cut into parts (``tuft.prefixes.cut``), sent in order, each once; one that fits a pass is a single
+    part. ``operation_id`` tells which parts belong together, ``first_datum`` is the index of the part's first datum in
+    the whole operation. The reply to the last part is the LossResult of all of it; to the others it is None. If a part
+    fails, so do all that follow, with the same error. Gradients are added to the adapter's only when the last part has
+    succeeded, so a failed operation leaves none.
+    """
 
     adapter_id: str
     data: tuple[Datum, ...]
     loss_fn: str
     loss_fn_config: tuple[tuple[str, float | str], ...] = ()
     backward: bool = True
+    operation_id: str = ""
+    first_datum: int = 0
+    is_last: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +122,11 @@ class OptimStep:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Sample ``num_samples`` continuations. ``adapter_id`` None samples the base model. Reply: SampleResult."""
+    """Sample ``num_samples`` continuations. ``adapter_id`` None samples the base model. Reply: SampleResult.
+
+    A prompt's beginning that was computed before is not computed again, but only within one ``cache_scope``: the
+    service gives the tenant's id, so that nobody can tell from a quick answer what another has asked.
+    """
 
     base_model: str
     adapter_id: str | None
@@ -118,6 +135,7 @@ class Sample:
     num_samples: int = 1
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    cache_scope: str = ""
 
 
 Command = CreateAdapter | LoadAdapter | CopyAdapter | ExportAdapter | DropAdapter | RunLoss | OptimStep | Sample

@@ -1,4 +1,4 @@
-"""What an operation's data must be before it may enter a batch that others share."""
+"""What a part's data must be before it may enter a pass that others share."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from tuft.models.architecture import DecoderConfig
 from tuft.types import Datum
 
 
-def check_operation(operation: RunLoss, config: DecoderConfig) -> None:
-    """Raises InvalidInput that names the datum, the field, what it holds and what is allowed."""
-    loss = LOSSES.get(operation.loss_fn)
+def check_part(part: RunLoss, config: DecoderConfig) -> None:
+    """Raises InvalidInput that names the datum (by its place in the whole operation), the field, what it holds and what
+    is allowed."""
+    loss = LOSSES.get(part.loss_fn)
     if loss is None:
-        raise InvalidInput("loss_fn", operation.loss_fn, f"must be one of {', '.join(LOSSES)}")
-    for name, value in operation.loss_fn_config:
+        raise InvalidInput("loss_fn", part.loss_fn, f"must be one of {', '.join(LOSSES)}")
+    for name, value in part.loss_fn_config:
         if name not in loss.defaults or isinstance(value, str) or not np.isfinite(value):
-            allowed = f"{operation.loss_fn} takes finite numbers for: {', '.join(loss.defaults)}"
+            allowed = f"{part.loss_fn} takes finite numbers for: {', '.join(loss.defaults)}"
             raise InvalidInput(f"loss_fn_config.{name}", value, allowed)
-    if not operation.data:
+    if not part.data:
         raise InvalidInput("data", 0, "must hold at least one datum")
-    for index, datum in enumerate(operation.data):
+    for index, datum in enumerate(part.data, part.first_datum):
         _check_datum(f"data[{index}]", datum, loss, config)
 
 

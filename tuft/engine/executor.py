@@ -1,64 +1,67 @@
-"""Computes what the mailbox brings, in the engine process: training batch by batch, sampling all the time.
+"""Computes what the mailbox brings, in the engine process: training pass by pass, sampling all the time.
 
-One thread. Between two passes of the trainer the samplers step for about as long as the pass took, so neither starves.
+One thread. Losses and optimizer steps that wait together are computed together. After each pass, call of the optimizer
+or other command the samplers step for about as long as that took, so neither starves.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Never
 
-from tuft.engine.base import (
-    Command,
-    CopyAdapter,
-    CreateAdapter,
-    DropAdapter,
-    ExportAdapter,
-    LoadAdapter,
-    OptimStep,
-    RunLoss,
-    Sample,
-)
+from tuft.engine.adapters import AdapterCommand, Adapters
+from tuft.engine.base import Command, CopyAdapter, OptimStep, RunLoss, Sample
 from tuft.engine.failures import engine_error
 from tuft.engine.loaded import LoadedModel
 from tuft.engine.mailbox import Batch, Reply
-from tuft.engine.optim import optim_step
-from tuft.errors import EngineError, InvalidInput, TuftError
+from tuft.engine.optim import optim_steps
+from tuft.errors import TuftError
 from tuft.models.lora import Adapter
-
-_Numbered = tuple[int, Command]
-_AdapterCommand = CreateAdapter | LoadAdapter | CopyAdapter | ExportAdapter | DropAdapter | OptimStep
+from tuft.prefixes import shared_with_previous
+from tuft.types import AdamParams
 
 
 @dataclass(frozen=True, slots=True)
-class _LoadedAdapter:
-    adapter: Adapter
-    model: LoadedModel
+class _Waiting:
+    """A command that has arrived. ``num_rows``: of a pass, if it is a loss."""
+
+    number: int
+    command: Command
+    num_rows: int
 
 
 class Executor:
-    """``send`` delivers a reply as soon as it is known. Adapters are this process's own: they end with it."""
+    """``send`` delivers a reply as soon as it is known; ``pass_tokens`` bounds the rows of a pass that losses of
+    several batches share; ``between`` is called between passes."""
 
-    def __init__(self, models: Sequence[LoadedModel], inbox: SimpleQueue[Batch], send: Callable[[Reply], None]) -> None:
-        self._models = {name: model for model in models for name in (model.info.name, *model.info.aliases)}
+    def __init__(
+        self,
+        models: Sequence[LoadedModel],
+        inbox: SimpleQueue[Batch],
+        send: Callable[[Reply], None],
+        pass_tokens: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._between = between
+        self._adapters = Adapters(models)
         self._samplers = [model.sampler for model in models]
         self._inbox = inbox
         self._send = send
-        self._batches: deque[list[_Numbered]] = deque()
-        self._adapters: dict[str, _LoadedAdapter] = {}
+        self._pass_tokens = pass_tokens
+        self._waiting: deque[_Waiting] = deque()
         self._pass_began = 0.0
 
     def run(self) -> Never:
         while True:
-            self._collect(wait=not self._batches and not self._is_sampling)
-            if self._batches:
+            self._collect(wait=not self._waiting and not self._is_sampling)
+            self._between()
+            if self._waiting:
                 self._pass_began = time.monotonic()
-                self._compute(self._batches[0])
-                self._batches.popleft()
+                self._compute(self._next())
                 self._sample_as_long()
             else:
                 self._step()
@@ -69,27 +72,47 @@ class Executor:
         """Take in what has arrived."""
         try:
             while True:
-                self._queue(self._inbox.get(block=wait))
+                for number, command in self._inbox.get(block=wait).commands:
+                    self._admit(number, command)
                 wait = False
         except Empty:
             return
 
-    def _queue(self, batch: Batch) -> None:
+    def _admit(self, number: int, command: Command) -> None:
         """Samples join at once, except behind a command that makes or changes their adapter."""
-        later: list[_Numbered] = []
-        for number, command in batch.commands:
-            if isinstance(command, Sample) and not self._is_touched(command.adapter_id, later):
-                self._join(number, command)
-            else:
-                later.append((number, command))
-        if later:
-            self._batches.append(later)
+        if isinstance(command, Sample) and not self._is_touched(command.adapter_id):
+            self._join(number, command)
+            return
+        try:
+            self._waiting.append(_Waiting(number, command, _num_rows(command)))
+        except Exception as error:  # noqa: BLE001 (a command's fault is its reply; the engine goes on)
+            self._reply(number, engine_error(error, type(command).__name__))
 
-    def _is_touched(self, adapter_id: str | None, later: Iterable[_Numbered]) -> bool:
-        if adapter_id is None:
-            return False
-        queued = [*(item for batch in self._batches for item in batch), *later]
-        return any(adapter_id in _adapter_ids(command) for _, command in queued)
+    def _is_touched(self, adapter_id: str | None) -> bool:
+        return adapter_id is not None and any(adapter_id in _adapter_ids(item.command) for item in self._waiting)
+
+    def _next(self) -> list[_Waiting]:
+        """Take out the first command and, if it is a loss or an optimizer step, those of its kind that can be computed
+        with it, of whatever batch. None passes another of its adapter. Losses are as many as fit a pass."""
+        due: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        barred: set[str | None] = set()  # adapters of which no more may join
+        num_rows = 0
+        for item in self._waiting:
+            ids = _adapter_ids(item.command)
+            joins = not due or (
+                isinstance(item.command, RunLoss | OptimStep)
+                and type(item.command) is type(due[0].command)
+                and num_rows + item.num_rows <= self._pass_tokens
+                and barred.isdisjoint(ids)
+            )
+            (due if joins else left).append(item)
+            if joins:
+                num_rows += item.num_rows
+            if not joins or isinstance(item.command, OptimStep):
+                barred.update(ids)
+        self._waiting = left
+        return due
 
     def _reply(self, number: int, result: object) -> None:
         self._send(Reply(number, result))
@@ -121,102 +144,83 @@ class Executor:
 
     def _join(self, number: int, command: Sample) -> None:
         try:
-            model, adapter = self._base_model(command.base_model), None
+            model, adapter = self._adapters.base_model(command.base_model), None
             if command.adapter_id is not None:
-                loaded = self._loaded(command.adapter_id)
-                if loaded.model is not model:
-                    name = loaded.model.info.name
-                    raise EngineError(f"adapter {command.adapter_id!r} is of {name!r}, not of {command.base_model!r}")
-                # what is trained meanwhile must not reach a sequence that has begun
-                adapter = loaded.adapter.frozen_copy() if loaded.adapter.trainable else loaded.adapter
+                adapter = self._adapters.for_sampling(command.adapter_id, command.base_model)
             model.sampler.add(number, command, adapter)
         except TuftError as error:
             self._reply(number, error)
 
     # --- training and adapters ----------------------------------------------------------------------------------------
 
-    def _compute(self, batch: Sequence[_Numbered]) -> None:
-        """Losses of one base model are computed together, unless a command between them concerns their adapter."""
-        losses: dict[int, RunLoss] = {}
-        for number, command in batch:
-            if isinstance(command, RunLoss):
-                losses[number] = command
-                continue
-            if any(loss.adapter_id in _adapter_ids(command) for loss in losses.values()):
-                self._run_losses(losses)
-                losses = {}
-            if isinstance(command, Sample):
-                self._join(number, command)
-            else:
-                self._reply(number, self._result(command))
-        self._run_losses(losses)
+    def _compute(self, due: Sequence[_Waiting]) -> None:
+        losses = {item.number: item.command for item in due if isinstance(item.command, RunLoss)}
+        steps = {item.number: item.command for item in due if isinstance(item.command, OptimStep)}
+        if losses:
+            self._run_losses(losses)
+        elif steps:
+            self._run_steps(steps)
+        else:
+            (item,) = due
+            if isinstance(item.command, Sample):
+                self._join(item.number, item.command)
+            elif not isinstance(item.command, RunLoss | OptimStep):
+                self._reply(item.number, self._result(item.command))
 
     def _run_losses(self, losses: Mapping[int, RunLoss]) -> None:
+        """One pass a base model."""
         of_model: defaultdict[str, dict[int, RunLoss]] = defaultdict(dict)
-        for number, command in losses.items():
+        for number, loss in losses.items():
             try:
-                of_model[self._loaded(command.adapter_id).model.info.name][number] = command
+                of_model[self._adapters.get(loss.adapter_id).model.info.name][number] = loss
             except TuftError as error:
                 self._reply(number, error)
-        for name, commands in of_model.items():
-            unanswered = set(commands)
+        for index, (name, parts) in enumerate(of_model.items()):
+            if index:
+                self._sample_as_long()
+            unanswered = set(parts)
             try:
-                for number, result in self._loss_results(self._models[name], commands):
+                for number, result in self._loss_results(self._adapters.base_model(name), parts):
                     unanswered.remove(number)
                     self._reply(number, result)
             except Exception as error:  # noqa: BLE001 (a command's fault is its reply; the engine goes on)
                 for number in unanswered:
                     self._reply(number, engine_error(error, "loss"))
 
-    def _loss_results(self, model: LoadedModel, commands: Mapping[int, RunLoss]) -> Iterator[tuple[int, object]]:
-        adapters = {command.adapter_id: self._adapters[command.adapter_id].adapter for command in commands.values()}
-        numbers = list(commands)
-        for index, result in model.trainer.run(list(commands.values()), adapters, self._sample_as_long):
+    def _loss_results(self, model: LoadedModel, parts: Mapping[int, RunLoss]) -> Iterator[tuple[int, object]]:
+        adapters = {part.adapter_id: self._adapters.get(part.adapter_id).adapter for part in parts.values()}
+        numbers = list(parts)
+        for index, result in model.trainer.run(list(parts.values()), adapters, self._sample_as_long):
             yield numbers[index], result
 
-    def _result(self, command: _AdapterCommand) -> object:
+    def _run_steps(self, steps: Mapping[int, OptimStep]) -> None:
+        due: dict[int, tuple[Adapter, AdamParams]] = {}
+        for number, step in steps.items():
+            try:
+                due[number] = self._adapters.trainable(step.adapter_id), step.params
+            except TuftError as error:
+                self._reply(number, error)
+        results: Sequence[object]
         try:
-            return self._execute(command)
+            results = optim_steps(list(due.values()))
+        except Exception as error:  # noqa: BLE001 (a command's fault is its reply; the engine goes on)
+            results = [engine_error(error, OptimStep.__name__)] * len(due)
+        for number, result in zip(due, results, strict=True):
+            self._reply(number, result)
+
+    def _result(self, command: AdapterCommand) -> object:
+        try:
+            return self._adapters.execute(command)
         except Exception as error:  # noqa: BLE001 (a command's fault is its reply; the engine goes on)
             return engine_error(error, type(command).__name__)
-
-    def _execute(self, command: _AdapterCommand) -> object:
-        match command:
-            case CreateAdapter(adapter_id, base_model, spec):
-                model = self._base_model(base_model)
-                adapter = Adapter.initialised(model.info.linear_shapes, spec, model.decoder.device)
-                self._adapters[adapter_id] = _LoadedAdapter(adapter, model)
-            case LoadAdapter(adapter_id, base_model, state, trainable):
-                model = self._base_model(base_model)
-                adapter = Adapter.from_state(model.info.linear_shapes, state, model.decoder.device, trainable)
-                self._adapters[adapter_id] = _LoadedAdapter(adapter, model)
-            case CopyAdapter(source_id, adapter_id):
-                source = self._loaded(source_id)
-                self._adapters[adapter_id] = _LoadedAdapter(source.adapter.frozen_copy(), source.model)
-            case DropAdapter(adapter_id):
-                self._adapters.pop(adapter_id, None)  # sequences that decode with it keep it until they end
-            case ExportAdapter(adapter_id, with_optimizer):
-                return self._loaded(adapter_id).adapter.state(with_optimizer)
-            case OptimStep(adapter_id, params):
-                adapter = self._loaded(adapter_id).adapter
-                if not adapter.trainable:
-                    raise InvalidInput("adapter_id", adapter_id, "must be trainable, not frozen sampler weights")
-                return optim_step(adapter, params)
-        return None
-
-    def _base_model(self, name: str) -> LoadedModel:
-        model = self._models.get(name)
-        if model is None:
-            raise EngineError(f"base model {name!r} is not loaded; loaded are: {', '.join(self._models)}")
-        return model
-
-    def _loaded(self, adapter_id: str) -> _LoadedAdapter:
-        loaded = self._adapters.get(adapter_id)
-        if loaded is None:
-            raise EngineError(f"adapter {adapter_id!r} is not loaded in this engine process")
-        return loaded
 
 
 def _adapter_ids(command: Command) -> tuple[str | None, ...]:
     """The adapters that a command reads or changes."""
     return (command.source_id, command.adapter_id) if isinstance(command, CopyAdapter) else (command.adapter_id,)
+
+
+def _num_rows(command: Command) -> int:
+    if not isinstance(command, RunLoss):
+        return 0
+    return command.num_tokens - sum(shared_with_previous([datum.tokens_T for datum in command.data]))

@@ -6,6 +6,7 @@ processes, made by the parent and inherited by its child: nothing from outside i
 
 from __future__ import annotations
 
+import io
 import pickle
 import socket
 import struct
@@ -66,9 +67,12 @@ class Mailbox:
 
     def send(self, letter: Letter) -> None:
         """Blocks until the other end has taken it. Raises OSError if that end is gone."""
-        body = pickle.dumps(letter, protocol=5)
-        self._socket.sendall(_LENGTH.pack(len(body)))
-        self._socket.sendall(body)
+        buffer = io.BytesIO()
+        buffer.seek(_LENGTH.size)
+        pickle.dump(letter, buffer, protocol=5)
+        with buffer.getbuffer() as view:  # length and body in one call: a short letter wakes its reader once
+            _LENGTH.pack_into(view, 0, len(view) - _LENGTH.size)
+            self._socket.sendall(view)
 
     def receive(self) -> Letter:
         """The next letter. Raises EOFError if the other end is gone."""

@@ -30,6 +30,7 @@ def main() -> None:
     from tuft.engine.device import keep_freed_memory
     from tuft.engine.executor import Executor  # torch: after the reader has begun to watch for the parent's end
     from tuft.engine.failures import engine_error
+    from tuft.engine.kernels import KernelUpgrade
     from tuft.engine.loaded import load_models
 
     keep_freed_memory()
@@ -39,8 +40,10 @@ def main() -> None:
         mailbox.send(LoadFailed(engine_error(error, "loading the base models")))
         return
     mailbox.send(Ready(tuple(model.info for model in models)))
+    settings = setup.settings
+    kernels = KernelUpgrade([model.decoder for model in models], settings.kernel_cache)
     try:
-        Executor(models, inbox, mailbox.send).run()
+        Executor(models, inbox, mailbox.send, settings.micro_batch_tokens, kernels.poll).run()
     except BrokenPipeError:
         return  # the parent is gone; the reader sees it too
 

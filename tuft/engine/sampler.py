@@ -1,110 +1,60 @@
 """The sampler: continuous batching of every tenant's sample requests on the trainer's own decoder.
 
-A request waits in a first-come queue until the cache has room for what it may grow to. Its prompt is computed once, in
-chunks; its samples then decode together as a *cohort*. Each step is one pass over whatever there is: the next chunk of
-some prompts and one token of every decoding sequence, sorted by adapter.
+A request waits in a first-come queue until the pages that it may come to need can be reserved. Its prompt is computed
+once, in chunks, as far as it is not known already; each of its continuations then decodes by itself. Each step is one
+pass over whatever there is: one token of every continuation and some chunks of prompts.
 
-What a sequence gets does not depend on its neighbours: attention is per cohort, products are row by row, prompts are
-cut at fixed places, and a seeded draw is a function of (seed, sample index, position).
+What a sequence gets does not depend on its neighbours: attention is its own, products are row by row, prompts are cut
+at fixed places, and a seeded draw is a function of (seed, sample index, position).
 
-Shape letters: ``T`` rows of a step, ``D`` residual channels, ``U`` rows whose next token is drawn,
-``N`` draws (several of one row where samples begin), ``V`` vocabulary.
+Shape letters: ``T`` rows of a step, ``D`` residual channels, ``U`` rows whose next token is drawn.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from math import isfinite
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from tuft.engine.base import EngineSettings, Sample
+from tuft.engine.decode_batch import DecodeBatch
+from tuft.engine.drawing import draw, segments_of
 from tuft.engine.failures import engine_error
-from tuft.engine.kv_cache import DecodeSpan, KvCache, PromptSpan, StepAttention
+from tuft.engine.kv_pages import KvPages, num_pages_of
+from tuft.engine.prefix_cache import CHUNK_TOKENS, Chunk, PrefixCache
 from tuft.engine.prompt_scores import PromptScores
-from tuft.engine.sampling import Draw, StopRule, check_params, draw_tokens, uniform
-from tuft.errors import EngineError, InvalidInput, TuftError, UserError
+from tuft.engine.requests import Continuation, Request
+from tuft.engine.sampling import StopRule, check_params
+from tuft.engine.step_attention import ChunkRows, StepAttention
+from tuft.errors import InvalidInput, TuftError
 from tuft.models.decoder import Decoder
-from tuft.models.head import dot_products, exact_logits
+from tuft.models.decoding import PackedAdapters
 from tuft.models.lora import Adapter, Segment
-from tuft.types import SampledSequence, SampleResult, StopReason
+from tuft.models.paged_attention import PAGE_TOKENS
+from tuft.types import SampledSequence, SampleResult
 
 Outcome = tuple[Hashable, SampleResult | TuftError]
 
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    """One sample command on its way. ``prompt_cache`` is there once it was admitted, ``last_x_1D`` (the hidden state
-    that every sample's first token is drawn from) once its prompt is computed."""
+@dataclass(frozen=True, slots=True)
+class _PromptPart:
+    """A chunk of ``request``'s prompt, from ``start`` on, that a step computes."""
 
-    key: Hashable
-    command: Sample
-    adapter: Adapter | None
-    seed: int
-    max_new: int
-    stop: StopRule
-    scores: PromptScores | None
-    prompt_cache: KvCache | None = None
-    last_x_1D: Tensor | None = None
-    num_started: int = 0
-    sequences: dict[int, SampledSequence] = field(default_factory=dict)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.command.prompt_tokens)
-
-    @property
-    def shares_prompt(self) -> bool:
-        """Whether the prompt has a cache of its own; a single sample continues in the prompt's."""
-        return self.command.num_samples > 1
-
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.max_new if self.shares_prompt else self.num_prompt_tokens + self.max_new
-
-
-@dataclass(slots=True)
-class _Row:
-    """One sequence being sampled."""
-
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Cohort:
-    """Samples of one request that started together, hence of one length."""
-
-    request: _Request
-    rows: list[_Row]
-    cache: KvCache
-
-    @property
-    def has_started(self) -> bool:
-        return bool(self.rows[0].tokens)
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """What one step computes for one prompt or cohort: consecutive rows from ``start`` on."""
-
-    owner: _Request | _Cohort
-    adapter: Adapter | None
-    tokens: list[int]
-    positions: list[int]
-    start: int = 0
+    request: Request
+    chunk: Chunk
+    start: int
 
     @property
     def stop(self) -> int:
-        return self.start + len(self.tokens)
+        return self.start + len(self.chunk.tokens)
 
 
 class Sampler:
@@ -114,11 +64,24 @@ class Sampler:
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._settings = settings
-        self._chunk_tokens = max(64, settings.micro_batch_tokens // 4)  # short, since decoding waits for it
-        self._waiting: deque[_Request] = deque()  # some of their samples have no place yet
-        self._admitted: list[_Request] = []  # their prompt, at least, is in the cache; first come, first here
-        self._cohorts: list[_Cohort] = []
+        self._ops = decoder.ops
+        self._packed = PackedAdapters(decoder.config.linear_shapes(), decoder.dtype)
+        self._waiting: deque[Request] = deque()  # some of their continuations have no place yet
+        self._admitted: list[Request] = []  # first come, first here
+        self._running: list[Continuation] = []  # they have their first token
+        self._batch: DecodeBatch | None = None  # those that run, None after one joined or left
         self._outcomes: list[Outcome] = []
+
+    @cached_property
+    def _pages(self) -> KvPages:
+        """Made when the first sample is wanted. One page more than the setting says: a prompt's last page is copied for
+        those that go on in it."""
+        num_pages = num_pages_of(self._settings.kv_cache_tokens) + 1
+        return KvPages(self._decoder.config, num_pages, self._decoder.dtype, self._decoder.device)
+
+    @cached_property
+    def _cache(self) -> PrefixCache:
+        return PrefixCache(self._pages)
 
     @property
     def active(self) -> bool:
@@ -135,8 +98,10 @@ class Sampler:
         scores = None
         if command.prompt_logprobs or command.topk_prompt_logprobs:
             scores = PromptScores(command.prompt_tokens, command.topk_prompt_logprobs)
+        if self._settings.packed_decode:
+            self._decoder.pack()
         self._waiting.append(
-            _Request(
+            Request(
                 key,
                 command,
                 adapter,
@@ -175,7 +140,10 @@ class Sampler:
         return max_new
 
     def step(self) -> list[Outcome]:
-        """One pass: the next chunk of some prompts and one token of every sequence. Returns what ended."""
+        """One pass: one token of every continuation and some chunks of prompts. Returns what ended."""
+        if self._ops is not self._decoder.ops:  # its last digits may differ from those of what is known
+            self._ops, self._batch = self._decoder.ops, None
+            self._cache.forget_all()
         self._admit()
         try:
             with torch.no_grad():
@@ -184,215 +152,191 @@ class Sampler:
             failure = engine_error(error, "sampling")
             for request in list(self._admitted):
                 self._end(request, failure)
+            self._cache.forget_all()
+        if not self.active:
+            self._batch = None
+            self._packed.forget_tables()
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     # --- who takes part -----------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Give places to the samples that wait, strictly in order: room is reserved for all a sample may grow to, so
+        """Give places to the continuations that wait, strictly in order: all pages that one may need are reserved, so
         nothing that has started is ever put back."""
         while self._waiting:
             request = self._waiting[0]
             num_missing = request.command.num_samples - request.num_started
-            count = min(num_missing, self._num_free_places(request))
+            known = [] if request.num_started else self._known(request)
+            count = min(num_missing, self._num_free_places(request, known))
             if count > 0:
-                self._start(request, count)
+                self._start(request, known, count)
             if count < num_missing:
                 return
             self._waiting.popleft()
 
-    def _num_free_places(self, request: _Request) -> int:
-        """How many samples of ``request`` may start now."""
-        reserved = sum(r.num_prompt_tokens for r in self._admitted if r.shares_prompt)
-        reserved += sum(len(cohort.rows) * cohort.request.tokens_per_sample for cohort in self._cohorts)
-        if request.shares_prompt and request.prompt_cache is None:
-            reserved += request.num_prompt_tokens
-        free_rows = self._settings.max_decode_rows - sum(len(cohort.rows) for cohort in self._cohorts)
-        return min(free_rows, (self._settings.kv_cache_tokens - reserved) // request.tokens_per_sample)
+    def _known(self, request: Request) -> list[Chunk]:
+        """The chunks that the prompt begins with and that need not be computed: logprobs are not kept with them."""
+        chunks: list[Chunk] = []
+        prompt, scope = request.command.prompt_tokens, request.command.cache_scope
+        while request.scores is None and len(chunks) * CHUNK_TOKENS < len(prompt):
+            start = len(chunks) * CHUNK_TOKENS
+            chunk = self._cache.known(scope, request.adapter, chunks, prompt[start : start + CHUNK_TOKENS])
+            if chunk is None:
+                break
+            chunks.append(chunk)
+        return chunks
 
-    def _start(self, request: _Request, count: int) -> None:
-        cache = self._new_cache(count, request.tokens_per_sample)
-        if request.prompt_cache is None:
-            shares = request.shares_prompt
-            request.prompt_cache = self._new_cache(1, request.num_prompt_tokens) if shares else cache
+    def _num_free_places(self, request: Request, known: list[Chunk]) -> int:
+        """How many continuations of ``request`` may start now."""
+        started = list(chain(self._running, *(one.new for one in self._admitted)))
+        free_rows = self._settings.max_decode_rows - len(started)
+        room = self._cache.num_takeable - sum(one.num_reserved for one in started)
+        room -= sum(one.num_reserved for one in self._admitted)
+        if not request.num_started:
+            held = sum(len(chunk.pages) for chunk in known if chunk.num_holders)
+            room -= num_pages_of(request.num_prompt_tokens) - held
+        each = request.pages_per_continuation
+        return min(free_rows, room // each if each else free_rows) if room >= 0 else 0
+
+    def _start(self, request: Request, known: list[Chunk], count: int) -> None:
+        if not request.num_started:
             self._admitted.append(request)
+            request.num_reserved = num_pages_of(request.num_prompt_tokens)
+            for chunk in known:
+                self._hold(request, chunk)
         first = request.num_started
-        self._cohorts.append(_Cohort(request, [_Row(index) for index in range(first, first + count)], cache))
+        each = request.pages_per_continuation
+        request.new += [Continuation(request, index, each) for index in range(first, first + count)]
         request.num_started += count
 
-    def _new_cache(self, num_sequences: int, capacity: int) -> KvCache:
-        decoder = self._decoder
-        return KvCache(decoder.config, num_sequences, capacity, decoder.dtype, decoder.device)
+    def _hold(self, request: Request, chunk: Chunk) -> None:
+        self._cache.hold(chunk)
+        request.chunks.append(chunk)
+        request.num_reserved -= len(chunk.pages)
 
     # --- one pass -----------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        parts = sorted([*self._decode_parts(), *self._prompt_parts()], key=lambda part: id(part.adapter))
+        parts = self._prompt_parts()
+        if self._batch is None:
+            self._batch = DecodeBatch(self._running, self._pages, self._ops.decode, self._packed)
+        continuations = self._batch.continuations
+        sources = []
+        if continuations or parts:
+            x_TD = self._hidden(self._batch, parts)
+            self._take_prompts(parts, x_TD[len(continuations) :])
+            sources.append(x_TD[: len(continuations)])
+        adapters, origins = list(self._batch.adapters), list(range(len(continuations)))
+        for request in self._admitted:
+            if request.new and request.last_x_1D is not None:
+                sources.append(request.last_x_1D)
+                origins += [len(adapters)] * len(request.new)
+                adapters.append(request.adapter)
+                continuations, request.new = continuations + request.new, []
+        if continuations:
+            x_UD = torch.cat(sources) if len(sources) > 1 else sources[0]
+            draws = [one.next_draw() for one in continuations]
+            self._take(continuations, *draw(self._decoder, self._packed, x_UD, adapters, origins, draws))
+
+    def _prompt_parts(self) -> list[_PromptPart]:
+        """The next chunks of the prompts that came first: as many tokens as a pass may have, but only one chunk's
+        while others wait for their next token. What is computed in this step is already known to those behind."""
+        budget = CHUNK_TOKENS if self._running else max(CHUNK_TOKENS, self._settings.micro_batch_tokens)
+        parts: list[_PromptPart] = []
+        for request in self._admitted:
+            scope = request.command.cache_scope
+            while tokens := request.next_chunk:
+                chunk = None
+                if request.scores is None:
+                    chunk = self._cache.known(scope, request.adapter, request.chunks, tokens)
+                if chunk is not None:
+                    self._hold(request, chunk)
+                    continue
+                budget -= len(tokens)
+                if budget < 0:
+                    return parts
+                start = request.num_computed
+                chunk = self._cache.add(scope, request.adapter, request.chunks, tokens)
+                request.chunks.append(chunk)
+                request.num_reserved -= len(chunk.pages)
+                parts.append(_PromptPart(request, chunk, start))
+        return parts
+
+    def _hidden(self, batch: DecodeBatch, parts: list[_PromptPart]) -> Tensor:
+        device, kernels = self._decoder.device, self._ops.decode
+        tables = batch.tables(self._cache) if batch.continuations else None
+        tokens, positions = batch.tokens, [one.length - 1 for one in batch.continuations]
+        segments = segments_of(batch.adapters) if kernels is None else []
+        chunks = []
+        for part in parts:
+            if part.request.adapter is not None:  # a segment each: its bits must not depend on its neighbours
+                segments.append(Segment(part.request.adapter, len(tokens), len(tokens) + len(part.chunk.tokens)))
+            tokens += part.chunk.tokens
+            positions += range(part.start, part.stop)
+            pages = part.request.prompt_pages[: num_pages_of(part.stop)]
+            chunks.append(ChunkRows(part.start, part.stop - part.start, pages))
+        return self._decoder.hidden(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            StepAttention(self._pages, tables, kernels, chunks),
+            segments,
+            batch.decoded,
+        )
+
+    def _take_prompts(self, parts: list[_PromptPart], x_LD: Tensor) -> None:
         row = 0
         for part in parts:
-            part.start, row = row, row + len(part.tokens)
-        sources: list[tuple[_Cohort, Tensor]] = []
-        if parts:
-            x_TD = self._hidden(parts)
-            for part in parts:
-                if isinstance(part.owner, _Cohort):
-                    sources.append((part.owner, x_TD[part.start : part.stop]))
-                else:
-                    self._take_prompt(part.owner, part, x_TD[part.start : part.stop])
-        for cohort in self._cohorts:
-            if not cohort.has_started and cohort.request.last_x_1D is not None:
-                sources.append((cohort, cohort.request.last_x_1D))
-        if sources:
-            self._draw(sorted(sources, key=lambda source: id(source[0].request.adapter)))
-
-    def _decode_parts(self) -> Iterator[_Part]:
-        for cohort in self._cohorts:
-            if cohort.has_started:
-                num_rows = len(cohort.rows)
-                position = cohort.request.num_prompt_tokens + len(cohort.rows[0].tokens) - 1
-                tokens = [row.tokens[-1] for row in cohort.rows]
-                yield _Part(cohort, cohort.request.adapter, tokens, [position] * num_rows)
-
-    def _prompt_parts(self) -> Iterator[_Part]:
-        """The next chunk of the prompts that came first, up to one chunk's tokens together. A prompt is always cut at
-        the same places, so its bits do not depend on the load."""
-        num_tokens = 0
-        for request in self._admitted:
-            if request.last_x_1D is None and request.prompt_cache is not None:
-                start = request.prompt_cache.length
-                tokens = list(request.command.prompt_tokens[start : start + self._chunk_tokens])
-                num_tokens += len(tokens)
-                if num_tokens > self._chunk_tokens:
-                    return
-                yield _Part(request, request.adapter, tokens, list(range(start, start + len(tokens))))
-
-    def _hidden(self, parts: list[_Part]) -> Tensor:
-        spans: list[PromptSpan | DecodeSpan] = []
-        for part in parts:
-            if isinstance(part.owner, _Cohort):
-                request = part.owner.request
-                part.owner.cache.extend(1)
-                prompt = request.prompt_cache if request.shares_prompt else None
-                spans.append(DecodeSpan(part.start, part.stop, part.owner.cache, prompt))
-            elif part.owner.prompt_cache is not None:
-                part.owner.prompt_cache.extend(len(part.tokens))
-                spans.append(PromptSpan(part.start, part.stop, part.owner.prompt_cache))
-        device = self._decoder.device
-        tokens_T = torch.tensor([token for part in parts for token in part.tokens], device=device)
-        positions_T = torch.tensor([position for part in parts for position in part.positions], device=device)
-        segments = _segments([(part.adapter, len(part.tokens)) for part in parts])
-        return self._decoder.hidden(tokens_T, positions_T, StepAttention(spans), segments)
-
-    def _take_prompt(self, request: _Request, part: _Part, x_LD: Tensor) -> None:
-        if request.scores is not None:
-            request.scores.add(self._decoder, part.positions[0], x_LD, request.adapter)
-        if part.positions[-1] == request.num_prompt_tokens - 1:
-            request.last_x_1D = x_LD[-1:].clone()
-
-    def _draw(self, sources: list[tuple[_Cohort, Tensor]]) -> None:
-        """One token for every row of the cohorts, from the hidden states beside them: one a row, or one for all."""
-        x_UD = torch.cat([x for _, x in sources])
-        segments = _segments([(cohort.request.adapter, len(x)) for cohort, x in sources])
-        draws: list[Draw] = []
-        origins: list[int] = []  # the row of x_UD that each draw is from
-        first = 0
-        for cohort, x in sources:
-            params, num_rows = cohort.request.command.params, len(cohort.rows)
-            position = cohort.request.num_prompt_tokens + len(cohort.rows[0].tokens)
-            for n, row in enumerate(cohort.rows):
-                u = uniform(cohort.request.seed, row.index, position)
-                draws.append(Draw(params.temperature, params.top_k, params.top_p, u))
-                origins.append(first + (n if len(x) == num_rows else 0))
-            first += len(x)
-        tokens, logprobs = self._drawn(x_UD, segments, torch.tensor(origins, device=x_UD.device), draws)
-        first = 0
-        for cohort, _ in sources:
-            last = first + len(cohort.rows)
-            if cohort in self._cohorts:  # else another cohort has just ended the request with an error
-                self._take_drawn(cohort, tokens[first:last], logprobs[first:last])
-            first = last
-
-    def _drawn(
-        self, x_UD: Tensor, segments: list[Segment], origins_N: Tensor, draws: list[Draw]
-    ) -> tuple[list[int], list[float]]:
-        none = origins_N[:0]
-        logits_NV = exact_logits(self._decoder, x_UD, segments, none, none)
-        if len(draws) > len(x_UD):
-            logits_NV = logits_NV[origins_N]
-        if self._decoder.dtype == torch.float32:
-            return draw_tokens(logits_NV, draws)
-        return draw_tokens(logits_NV, draws, partial(dot_products, self._decoder, x_UD.float(), segments, origins_N))
+            x_PD = x_LD[row : row + len(part.chunk.tokens)]
+            if part.request.scores is not None:
+                part.request.scores.add(self._decoder, part.start, x_PD, part.request.adapter)
+            part.chunk.last_x_1D = x_PD[-1:].clone()
+            row += len(part.chunk.tokens)
 
     # --- what came of it ----------------------------------------------------------------------------------------------
 
-    def _take_drawn(self, cohort: _Cohort, tokens: list[int], logprobs: list[float]) -> None:
-        request = cohort.request
-        if not all(isfinite(logprob) for logprob in logprobs):
-            self._end(request, _not_finite(request))
-            return
-        kept = []
-        for n, row in enumerate(cohort.rows):
-            row.tokens.append(tokens[n])
-            row.logprobs.append(logprobs[n])
-            is_stopped = request.stop.is_reached(row.tokens)
-            if is_stopped or len(row.tokens) == request.max_new:
-                request.sequences[row.index] = _sequence(row, "stop" if is_stopped else "length")
-            else:
-                kept.append(n)
-        if len(request.sequences) == request.command.num_samples:
-            self._end(request, _result(request))
-        elif not kept:
-            self._cohorts.remove(cohort)
-        elif len(kept) < len(cohort.rows):
-            cohort.rows = [cohort.rows[n] for n in kept]
-            cohort.cache.keep(kept)
+    def _take(self, continuations: list[Continuation], tokens: list[int], logprobs: list[float]) -> None:
+        for one, token, logprob in zip(continuations, tokens, logprobs, strict=True):
+            request = one.request
+            if request.is_over:  # another of its continuations has just ended it with an error
+                continue
+            if not isfinite(logprob):
+                self._end(request, request.not_finite())
+                continue
+            stop_reason = one.take(token, logprob)
+            if stop_reason is not None:
+                self._finish(one, one.sequence(stop_reason))
+            elif len(one.tokens) == 1:
+                self._join(one)
 
-    def _end(self, request: _Request, outcome: SampleResult | TuftError) -> None:
+    def _join(self, one: Continuation) -> None:
+        """``one`` goes on: with a copy of the prompt's last page if there is room in it."""
+        if one.request.num_prompt_tokens % PAGE_TOKENS:
+            one.pages = self._cache.take(1)
+            one.num_reserved -= 1
+            self._pages.copy(one.request.prompt_pages[-1], one.pages[0])
+        self._running.append(one)
+        self._batch = None
+
+    def _finish(self, one: Continuation, sequence: SampledSequence) -> None:
+        request = one.request
+        request.sequences[one.index] = sequence
+        if len(one.tokens) > 1:
+            self._leave([one])
+        if len(request.sequences) == request.command.num_samples:
+            self._end(request, request.result())
+
+    def _leave(self, leaving: list[Continuation]) -> None:
+        for one in leaving:
+            self._running.remove(one)
+            self._cache.give_back(one.pages)
+        self._batch = None
+
+    def _end(self, request: Request, outcome: SampleResult | TuftError) -> None:
+        request.is_over = True
         self._admitted.remove(request)
-        self._cohorts = [cohort for cohort in self._cohorts if cohort.request is not request]
+        self._leave([one for one in self._running if one.request is request])
+        self._cache.let_go(request.chunks)
         if self._waiting and self._waiting[0] is request:
             self._waiting.popleft()
         self._outcomes.append((request.key, outcome))
-
-
-def _segments(adapters: list[tuple[Adapter | None, int]]) -> list[Segment]:
-    """One segment for each run of rows with the same adapter, given as (adapter, number of rows)."""
-    segments: list[Segment] = []
-    row = 0
-    for adapter, count in adapters:
-        if segments and segments[-1].adapter is adapter and segments[-1].stop == row:
-            segments[-1] = Segment(adapter, segments[-1].start, row + count)
-        elif adapter is not None:
-            segments.append(Segment(adapter, row, row + count))
-        row += count
-    return segments
-
-
-def _sequence(row: _Row, stop_reason: StopReason) -> SampledSequence:
-    return SampledSequence(
-        np.asarray(row.tokens, dtype=np.int64), np.asarray(row.logprobs, dtype=np.float32), stop_reason
-    )
-
-
-def _result(request: _Request) -> SampleResult:
-    command, scores = request.command, request.scores
-    sequences = tuple(request.sequences[index] for index in range(command.num_samples))
-    if scores is None:
-        return SampleResult(sequences)
-    has_top = command.topk_prompt_logprobs > 0
-    return SampleResult(
-        sequences,
-        scores.logprobs_P if command.prompt_logprobs else None,
-        scores.top_ids_PK if has_top else None,
-        scores.top_logprobs_PK if has_top else None,
-    )
-
-
-def _not_finite(request: _Request) -> TuftError:
-    if request.command.adapter_id is None:
-        return EngineError(f"base model {request.command.base_model!r}: its logits are not finite for this prompt")
-    return UserError(
-        f"adapter {request.command.adapter_id!r}: its logits are not finite (NaN or infinity), so its weights have "
-        "diverged; sample from an earlier checkpoint, or train with a lower learning rate"
-    )

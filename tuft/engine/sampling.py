@@ -35,12 +35,19 @@ class Draw:
     top_p: float
     uniform: float
 
+    @property
+    def is_truncated(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0
 
-def uniform(seed: int, sample_index: int, position: int) -> float:
-    """The number in [0, 1) that belongs to (seed, sample index, position): Philox is counter-based, so there is no
-    state that the order of work could change."""
+
+def uniforms(seed: int, sample_index: int, first_position: int, count: int) -> list[float]:
+    """The numbers in [0, 1) that belong to (seed, sample index, position) from ``first_position`` on: Philox is
+    counter-based, so there is no state that the order of work could change. A position is a block of four numbers, of
+    which the first counts."""
     key = np.array([seed & _UINT64, sample_index], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
+    numbers = np.random.Generator(np.random.Philox(key=key, counter=first_position)).random(4 * count)
+    taken: list[float] = numbers[::4].tolist()
+    return taken
 
 
 def draw_tokens(
@@ -64,21 +71,17 @@ def draw_tokens(
 
 def _choose(scaled_NV: Tensor, probs_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     tokens_N = scaled_NV.argmax(dim=-1)
-    plain = [n for n, draw in enumerate(draws) if draw.temperature > 0 and not _is_truncated(draw)]
+    plain = [n for n, draw in enumerate(draws) if draw.temperature > 0 and not draw.is_truncated]
     if plain:
         rows_M = torch.tensor(plain, device=probs_NV.device)
         uniforms_M = torch.tensor([draws[n].uniform for n in plain], dtype=torch.float64, device=probs_NV.device)
         tokens_N[rows_M] = _inverse_cdf(probs_NV[rows_M], uniforms_M)
     for n, draw in enumerate(draws):
-        if draw.temperature > 0 and _is_truncated(draw):
+        if draw.temperature > 0 and draw.is_truncated:
             ids_K, probs_K = _candidates(probs_NV[n], draw.top_k, draw.top_p)
             uniforms_1 = torch.tensor([draw.uniform], dtype=torch.float64, device=probs_NV.device)
             tokens_N[n] = ids_K[_inverse_cdf(probs_K[None], uniforms_1)[0]]
     return tokens_N
-
-
-def _is_truncated(draw: Draw) -> bool:
-    return draw.top_k > 0 or draw.top_p < 1.0
 
 
 def _candidates(probs_V: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -13,25 +13,28 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tuft.models.architecture import DecoderConfig
+from tuft.models.decoding import DecodedRows
 from tuft.models.functions import (
     MAX_PACKED_ROWS,
-    AddRmsNorm,
-    HeadRmsNorm,
-    LoraLinear,
-    RotaryHeads,
-    SwiGlu,
-    add_lora,
+    add_rms_norm,
     base_product,
-    lora_rows,
+    head_rms_norm,
     packed_product,
     packed_weight,
+    rotary_heads,
+    swiglu,
 )
 from tuft.models.load import LoadedWeights
 from tuft.models.lora import LM_HEAD, Segment, group_key
+from tuft.models.lora_linear import LoraLinear, LoraProducts
+from tuft.models.ops import EagerOps, Ops
 
 Precision = Literal["bf16", "float32"]
+
+EAGER = EagerOps()
 
 
 class Attention(Protocol):
@@ -42,10 +45,11 @@ class Attention(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Linear:
     weight_NK: Tensor
     bias_N: Tensor | None = None
+    packed_NK: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,26 @@ class _Layer:
     down: _Linear
     attention_norm_D: Tensor
     mlp_norm_D: Tensor
-    head_norm_qkd: Tensor | None
+    head_norm_qd: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What all layers of one pass read."""
+
+    cos_T1d: Tensor
+    sin_T1h: Tensor
+    attention: Attention
+    lora: LoraProducts
+    decoded: DecodedRows | None
 
 
 class Decoder:
     """Frozen base weights on ``device``. ``bf16``: base and LoRA products in bf16; residual stream, norm statistics,
-    softmax and every accumulation in float32. ``float32``: everything."""
+    softmax and every accumulation in float32. ``float32``: everything. ``ops`` may be replaced between two passes."""
 
-    def __init__(self, weights: LoadedWeights, precision: Precision, device: torch.device) -> None:
+    def __init__(self, weights: LoadedWeights, precision: Precision, device: torch.device, ops: Ops = EAGER) -> None:
+        self.ops = ops
         self.config: DecoderConfig = weights.config
         self.precision: Precision = precision
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -74,7 +90,9 @@ class Decoder:
         self.embed_VD = tensors["model.embed_tokens.weight"].to(device, self.dtype)
         head = tensors.get("lm_head.weight")
         self.head_VD = self.embed_VD if head is None else head.to(device, self.dtype)
-        self._packed_head = packed_weight(self.head_VD)
+        self._is_packed = False
+        self._head = _Linear(self.head_VD)
+        self._head.packed_NK = packed_weight(self.head_VD)
         self.final_norm_D = tensors["model.norm.weight"].to(device, torch.float32)
         self._layers = [self._layer(tensors, layer) for layer in range(self.config.num_layers)]
         self._cos_Cd, self._sin_Ch = self._rope_tables()
@@ -90,11 +108,11 @@ class Decoder:
         def norm(name: str) -> Tensor:
             return tensors[f"{prefix}{name}.weight"].to(self.device, torch.float32)
 
-        head_norm_qkd = None
+        head_norm_qd = None
         if self.config.qk_norm:
             q_norm_Hd = norm("self_attn.q_norm").expand(self.config.num_heads, -1)
             k_norm_Gd = norm("self_attn.k_norm").expand(self.config.num_kv_heads, -1)
-            head_norm_qkd = torch.cat([q_norm_Hd, k_norm_Gd])
+            head_norm_qd = torch.cat([q_norm_Hd, k_norm_Gd])
         return _Layer(
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             o=linear("self_attn.o_proj"),
@@ -102,7 +120,7 @@ class Decoder:
             down=linear("mlp.down_proj"),
             attention_norm_D=norm("input_layernorm"),
             mlp_norm_D=norm("post_attention_layernorm"),
-            head_norm_qkd=head_norm_qkd,
+            head_norm_qd=head_norm_qd,
         )
 
     def _rope_tables(self) -> tuple[Tensor, Tensor]:
@@ -115,41 +133,80 @@ class Decoder:
         return torch.cat([cos_Ch, cos_Ch], dim=1).to(self.device), sin_Ch.to(self.device)
 
     def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: Sequence[Segment]
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        segments: Sequence[Segment],
+        decoded: DecodedRows | None = None,
+        keep_activations: bool = True,
     ) -> Tensor:
         """``x_TD`` after the final norm, in the compute dtype. Differentiable if gradients are enabled: its
-        ``backward`` adds to the gradient buffers of the segments."""
-        config = self.config
+        ``backward`` adds to the gradient buffers of the segments. Without ``keep_activations`` each layer is computed
+        again in the backward, which costs about a third more time, and a twentieth of the memory."""
         cos_T1d, sin_T1h = self._cos_Cd[positions_T].unsqueeze(1), self._sin_Ch[positions_T].unsqueeze(1)
+        lora = LoraProducts(segments, self.dtype, self.ops.lora)
+        in_pass = _Pass(cos_T1d, sin_T1h, attention, lora, decoded)
         x_TD: Tensor = F.embedding(tokens_T, self.embed_VD)
         if torch.is_grad_enabled():
             x_TD.requires_grad_()  # nothing else does: the weights are frozen, LoRA gradients go their own way
-        residual_TD, x_TD = AddRmsNorm.apply(None, x_TD, self._layers[0].attention_norm_D, config.rms_norm_eps)
-        for index, layer in enumerate(self._layers):
-            x_TD = self._linear(x_TD, layer.qkv, group_key(index, "qkv"), segments)
-            if layer.head_norm_qkd is not None:
-                x_TD = HeadRmsNorm.apply(x_TD, layer.head_norm_qkd, config.rms_norm_eps)
-            q_THd, k_TGd, v_TGd = RotaryHeads.apply(x_TD, cos_T1d, sin_T1h, config.num_heads, config.num_kv_heads)
-            context_THd = attention.attend(index, q_THd, k_TGd, v_TGd)
-            x_TD = self._linear(context_THd.flatten(1), layer.o, group_key(index, "o"), segments)
-            residual_TD, x_TD = AddRmsNorm.apply(residual_TD, x_TD, layer.mlp_norm_D, config.rms_norm_eps)
-            x_TI = SwiGlu.apply(self._linear(x_TD, layer.gate_up, group_key(index, "gate_up"), segments))
-            x_TD = self._linear(x_TI, layer.down, group_key(index, "down"), segments)
-            is_last = index + 1 == config.num_layers
-            norm_D = self.final_norm_D if is_last else self._layers[index + 1].attention_norm_D
-            residual_TD, x_TD = AddRmsNorm.apply(residual_TD, x_TD, norm_D, config.rms_norm_eps)
+        norm_D, eps = self._layers[0].attention_norm_D, self.config.rms_norm_eps
+        residual_TD, x_TD = add_rms_norm(self.ops, None, x_TD, norm_D, eps)
+        for index in range(self.config.num_layers):
+            if torch.is_grad_enabled() and not keep_activations:
+                residual_TD, x_TD = checkpoint(
+                    self._layer_output, index, in_pass, residual_TD, x_TD, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                residual_TD, x_TD = self._layer_output(index, in_pass, residual_TD, x_TD)
         return x_TD
 
-    def _linear(self, x_TK: Tensor, linear: _Linear, key: str, segments: Sequence[Segment]) -> Tensor:
-        y_TN: Tensor = LoraLinear.apply(x_TK, linear.weight_NK, linear.bias_N, lora_rows(segments, key, self.dtype))
+    def _layer_output(self, index: int, in_pass: _Pass, residual_TD: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and its norm for the next layer (or the head)."""
+        config, ops, layer = self.config, self.ops, self._layers[index]
+        x_TD = self._linear(x_TD, layer.qkv, group_key(index, "qkv"), in_pass.lora, in_pass.decoded)
+        if layer.head_norm_qd is not None:
+            x_TD = head_rms_norm(ops, x_TD, layer.head_norm_qd, config.rms_norm_eps)
+        q_THd, k_TGd, v_TGd = rotary_heads(
+            ops, x_TD, in_pass.cos_T1d, in_pass.sin_T1h, config.num_heads, config.num_kv_heads
+        )
+        x_TD = in_pass.attention.attend(index, q_THd, k_TGd, v_TGd).flatten(1)
+        x_TD = self._linear(x_TD, layer.o, group_key(index, "o"), in_pass.lora, in_pass.decoded)
+        residual_TD, x_TD = add_rms_norm(ops, residual_TD, x_TD, layer.mlp_norm_D, config.rms_norm_eps)
+        x_TN = self._linear(x_TD, layer.gate_up, group_key(index, "gate_up"), in_pass.lora, in_pass.decoded)
+        x_TI = swiglu(ops, x_TN)
+        x_TD = self._linear(x_TI, layer.down, group_key(index, "down"), in_pass.lora, in_pass.decoded)
+        is_last = index + 1 == config.num_layers
+        norm_D = self.final_norm_D if is_last else self._layers[index + 1].attention_norm_D
+        residual_TD, x_TD = add_rms_norm(ops, residual_TD, x_TD, norm_D, config.rms_norm_eps)
+        return residual_TD, x_TD
+
+    def _linear(
+        self, x_TK: Tensor, linear: _Linear, key: str, lora: LoraProducts, decoded: DecodedRows | None
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            y_TN: Tensor = LoraLinear.apply(lora, x_TK, linear.weight_NK, linear.bias_N, key)
+            return y_TN
+        if linear.packed_NK is not None and len(x_TK) <= MAX_PACKED_ROWS:
+            y_TN = packed_product(x_TK, linear.packed_NK, linear.bias_N)
+        else:
+            y_TN = base_product(x_TK, linear.weight_NK, linear.bias_N)
+        lora.add(y_TN, x_TK, key)
+        if decoded is not None:
+            decoded.kernels.add_lora(y_TN, x_TK, decoded.lora, key)
         return y_TN
 
-    def logits(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def pack(self) -> None:
+        """Keep every linear's weight a second time, for products of few rows, where the device has such products."""
+        if self._is_packed:
+            return
+        self._is_packed = True
+        for layer in self._layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                linear.packed_NK = packed_weight(linear.weight_NK)
+
+    def logits(self, x_ND: Tensor, segments: Sequence[Segment], decoded: DecodedRows | None = None) -> Tensor:
         """Logits ``[N, V]`` in the compute dtype, unembedding LoRA included; no gradients."""
         with torch.no_grad():
-            if self._packed_head is not None and len(x_ND) <= MAX_PACKED_ROWS:
-                logits_NV = packed_product(x_ND, self._packed_head)
-            else:
-                logits_NV = base_product(x_ND, self.head_VD)
-            add_lora(logits_NV, x_ND, lora_rows(segments, LM_HEAD, self.dtype))
-        return logits_NV
+            # a vocabulary's width is enough to fill torch's products
+            return self._linear(x_ND, self._head, LM_HEAD, LoraProducts(segments, self.dtype, None), decoded)

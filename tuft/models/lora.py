@@ -1,8 +1,11 @@
 """LoRA adapters: one flat float32 buffer each, and views into it, so that an optimizer step is one pass over one array.
 
 Linears that share their input form a *group* (q, k, v; gate, up): their A matrices lie one below the other, so one
-product serves all of them. Shape letters: ``P`` an adapter's padded number of parameters, ``R`` rank times linears of a
-group, ``r`` rank, ``K`` in_features, ``N`` out_features.
+product serves all of them. A B lies transposed, since products read it along its out_features; only the unembedding's
+lies as it is, since single tokens' rows are read from it.
+
+Shape letters: ``P`` an adapter's number of parameters, ``R`` rank times linears of a group, ``r`` rank, ``K``
+in_features, ``N`` out_features.
 """
 
 from __future__ import annotations
@@ -49,15 +52,21 @@ def group_key(layer: int, group: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """Where one LoRA matrix lies in the flat buffer, and what PEFT calls it."""
+    """Where one LoRA matrix lies in the flat buffer, transposed or not, and what PEFT calls it."""
 
     peft_name: str
     start: int
     shape: tuple[int, int]
+    is_transposed: bool
 
     @property
     def stop(self) -> int:
         return self.start + math.prod(self.shape)
+
+    def of(self, flat_P: Tensor) -> Tensor:
+        """The matrix within ``flat_P``, whose memory it shares."""
+        part = flat_P[self.start : self.stop]
+        return part.view(self.shape[::-1]).t() if self.is_transposed else part.view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +94,13 @@ class LoraLayout:
             raise InvalidInput("lora_config", spec, "must train at least one of attention, MLP and unembedding")
 
     def _place(self, key: str, names: list[str], shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+        transposed = key != LM_HEAD
         As = tuple(self._matrix(f"{name}.lora_A", (rank, shapes[name][1])) for name in names)
-        Bs = tuple(self._matrix(f"{name}.lora_B", (shapes[name][0], rank)) for name in names)
+        Bs = tuple(self._matrix(f"{name}.lora_B", (shapes[name][0], rank), transposed) for name in names)
         self.groups.append(_GroupLayout(key, As, Bs))
 
-    def _matrix(self, name: str, shape: tuple[int, int]) -> _Matrix:
-        matrix = _Matrix(f"{PEFT_PREFIX}{name}.weight", self.num_parameters, shape)
+    def _matrix(self, name: str, shape: tuple[int, int], is_transposed: bool = False) -> _Matrix:
+        matrix = _Matrix(f"{PEFT_PREFIX}{name}.weight", self.num_parameters, shape, is_transposed)
         self.num_parameters = matrix.stop
         return matrix
 
@@ -104,12 +114,12 @@ class LoraLayout:
         for group in self.groups:
             first, last = group.As[0], group.As[-1]
             A_RK = flat_P[first.start : last.stop].view(-1, first.shape[1])
-            views[group.key] = LoraGroup(A_RK, tuple(_view(flat_P, B) for B in group.Bs))
+            views[group.key] = LoraGroup(A_RK, tuple(B.of(flat_P) for B in group.Bs))
         return views
 
     def export(self, flat_P: Tensor) -> dict[str, Float32Array]:
-        host_P: Float32Array = flat_P.cpu().numpy()
-        return {m.peft_name: host_P[m.start : m.stop].reshape(m.shape).copy() for m in self.matrices}
+        host_P = flat_P.cpu()
+        return {matrix.peft_name: np.array(matrix.of(host_P).numpy(), order="C") for matrix in self.matrices}
 
     def fill(self, flat_P: Tensor, arrays: Mapping[str, Float32Array], field: str) -> None:
         """Copy ``arrays``, keyed as PEFT names them, into ``flat_P``. Raises InvalidInput naming field and tensor."""
@@ -123,11 +133,7 @@ class LoraLayout:
                 raise InvalidInput(f"{field}[{name}].shape", array.shape, f"must be {matrix.shape}")
             if not np.isfinite(array).all():
                 raise InvalidInput(f"{field}[{name}]", "NaN or infinity", "must be finite")
-            flat_P[matrix.start : matrix.stop].copy_(torch.tensor(array, dtype=torch.float32).flatten())
-
-
-def _view(flat_P: Tensor, matrix: _Matrix) -> Tensor:
-    return flat_P[matrix.start : matrix.stop].view(matrix.shape)
+            matrix.of(flat_P).copy_(torch.tensor(array, dtype=torch.float32))
 
 
 @lru_cache(maxsize=256)
@@ -138,8 +144,8 @@ def _layout(linear_shapes: tuple[tuple[str, tuple[int, int]], ...], spec: LoraSp
 class Adapter:
     """One adapter's tensors on a device.
 
-    ``params_P`` is the float32 master copy; ``gradients_P``, ``exp_avg_P`` and ``exp_avg_sq_P`` exist only if
-    ``trainable``. Whoever writes to ``params_P`` calls ``mark_updated`` afterwards.
+    ``params_P`` is the float32 master copy; ``exp_avg_P`` and ``exp_avg_sq_P`` exist only if ``trainable``;
+    ``gradients_P`` is None until there are some. Whoever writes to ``params_P`` calls ``mark_updated`` afterwards.
     """
 
     def __init__(
@@ -154,8 +160,8 @@ class Adapter:
         self.step = 0
         self.layout = _layout(tuple(linear_shapes.items()), spec)
         self.params_P = torch.zeros(self.layout.num_parameters, device=device)
+        self.gradients_P: Tensor | None = None
         if trainable:
-            self.gradients_P = torch.zeros_like(self.params_P)
             self.exp_avg_P = torch.zeros_like(self.params_P)
             self.exp_avg_sq_P = torch.zeros_like(self.params_P)
         self._views: dict[torch.dtype, LoraViews] = {}
@@ -174,7 +180,7 @@ class Adapter:
             for matrix in group.As:
                 bound = 1 / math.sqrt(matrix.shape[1])
                 drawn_rK = torch.empty(matrix.shape).uniform_(-bound, bound, generator=generator)
-                _view(adapter.params_P, matrix).copy_(drawn_rK)
+                matrix.of(adapter.params_P).copy_(drawn_rK)
         return adapter
 
     @classmethod
@@ -190,20 +196,20 @@ class Adapter:
         adapter.layout.fill(adapter.params_P, state.weights, "weights")
         if trainable:
             adapter.step = state.step
-            for field, flat_P, arrays in (
-                ("exp_avg", adapter.exp_avg_P, state.exp_avg),
-                ("exp_avg_sq", adapter.exp_avg_sq_P, state.exp_avg_sq),
-                ("gradients", adapter.gradients_P, state.gradients),
-            ):
-                if arrays:
-                    adapter.layout.fill(flat_P, arrays, field)
+            if state.exp_avg:
+                adapter.layout.fill(adapter.exp_avg_P, state.exp_avg, "exp_avg")
+            if state.exp_avg_sq:
+                adapter.layout.fill(adapter.exp_avg_sq_P, state.exp_avg_sq, "exp_avg_sq")
+            if state.gradients:
+                adapter.gradients_P = torch.empty_like(adapter.params_P)
+                adapter.layout.fill(adapter.gradients_P, state.gradients, "gradients")
         return adapter
 
     def frozen_copy(self) -> Adapter:
         """The present weights, for sampling."""
         copy = Adapter.__new__(Adapter)
         copy.spec, copy.layout, copy.step, copy.trainable = self.spec, self.layout, self.step, False
-        copy.params_P, copy._views = self.params_P.clone(), {}
+        copy.params_P, copy.gradients_P, copy._views = self.params_P.clone(), None, {}
         return copy
 
     def state(self, with_optimizer: bool) -> AdapterState:
@@ -218,7 +224,7 @@ class Adapter:
             weights,
             exp_avg=self.layout.export(self.exp_avg_P),
             exp_avg_sq=self.layout.export(self.exp_avg_sq_P),
-            gradients=self.layout.export(self.gradients_P),
+            gradients={} if self.gradients_P is None else self.layout.export(self.gradients_P),
             step=self.step,
         )
 
@@ -227,6 +233,13 @@ class Adapter:
         if dtype not in self._views:
             self._views[dtype] = self.layout.views(self.params_P.to(dtype))
         return self._views[dtype]
+
+    def add_gradients(self, gradients_P: Tensor) -> None:
+        """The first after a step become the adapter's own buffer: whoever gives them keeps no hold of them."""
+        if self.gradients_P is None:
+            self.gradients_P = gradients_P
+        else:
+            self.gradients_P.add_(gradients_P)
 
     def mark_updated(self) -> None:
         self._views = {dtype: views for dtype, views in self._views.items() if dtype == torch.float32}

@@ -30,7 +30,7 @@ class Pending:
 @dataclass(slots=True)
 class _Entry:
     tenant_id: str
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
     result: FutureResult | Failure | None = None
     forget_at_s: float | None = None
 
@@ -44,7 +44,7 @@ class Futures:
         self._max_pending_per_tenant = max_pending_per_tenant
         self._entries: dict[str, _Entry] = {}
         self._pending: Counter[str] = Counter()
-        self._closing = asyncio.Event()
+        self._is_closing = False
 
     @property
     def num_pending(self) -> int:
@@ -69,7 +69,7 @@ class Futures:
         entry.result = result
         entry.forget_at_s = time.monotonic() + self._unread_retention_s
         self._pending[entry.tenant_id] -= 1
-        entry.settled.set()
+        _wake(entry)
 
     async def wait(self, tenant: Tenant, future_id: str, hold_s: float) -> FutureResult | Failure | Pending:
         """The result, or Pending after ``hold_s`` seconds. Raises Gone for an id that is unknown, another tenant's,
@@ -77,13 +77,13 @@ class Futures:
         entry = self._entries.get(future_id)
         if entry is None or entry.tenant_id != tenant.tenant_id:
             raise Gone(f"request_id: {future_id!r} is unknown here, or its result is no longer kept")
-        if entry.result is None:
-            waits = [asyncio.ensure_future(event.wait()) for event in (entry.settled, self._closing)]
+        if entry.result is None and not self._is_closing:
+            waiter = asyncio.get_running_loop().create_future()
+            entry.waiters.append(waiter)
             try:
-                await asyncio.wait(waits, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([waiter], timeout=hold_s)
             finally:
-                for wait in waits:
-                    wait.cancel()
+                entry.waiters.remove(waiter)
         if entry.result is None:
             return Pending()
         entry.forget_at_s = time.monotonic() + self._read_retention_s
@@ -105,7 +105,15 @@ class Futures:
 
     def release_waiters(self) -> None:
         """Answer every held poll now: the server is going down."""
-        self._closing.set()
+        self._is_closing = True
+        for entry in self._entries.values():
+            _wake(entry)
+
+
+def _wake(entry: _Entry) -> None:
+    for waiter in entry.waiters:
+        if not waiter.done():
+            waiter.set_result(None)
 
 
 async def outcome(work: Awaitable[FutureResult]) -> FutureResult | Failure:

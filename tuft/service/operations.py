@@ -13,7 +13,7 @@ from tuft.errors import InvalidInput, TuftError
 from tuft.records import CheckpointPath, Run, Tenant, valid_name
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.models import BaseModels
-from tuft.service.queue import Barrier
+from tuft.service.queue import Barrier, Work
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
 from tuft.service.scheduler import Scheduler, lost
@@ -61,14 +61,9 @@ class Operations:
     def optim_step(self, tenant: Tenant, run_id: str, seq_id: int, params: AdamParams) -> str:
         """One AdamW update from the accumulated gradients. Future: OptimStepResult."""
 
-        def prepare(run: Run) -> Barrier:
+        def prepare(_run: Run) -> OptimStep:
             check_adam(params)
-
-            async def step() -> FutureResult:
-                result: FutureResult = await self._ask(run, OptimStep(run_id, params))
-                return result
-
-            return step
+            return OptimStep(run_id, params)
 
         return self._submit(tenant, run_id, seq_id, prepare)
 
@@ -158,19 +153,19 @@ class Operations:
 
         return self._submit(tenant, run_id, seq_id, prepare)
 
-    def _submit(self, tenant: Tenant, run_id: str, seq_id: int, prepare: Callable[[Run], RunLoss | Barrier]) -> str:
+    def _submit(self, tenant: Tenant, run_id: str, seq_id: int, prepare: Callable[[Run], Work]) -> str:
         run = self._runs.get(tenant, run_id)
         if seq_id < 1:
             raise InvalidInput("seq_id", seq_id, "must be at least 1")
         self._runs.touch(run)
-        work: RunLoss | Barrier
+        work: Work
         try:
             work = prepare(run)
         except TuftError as error:
             work = _failing(error)
         return self._scheduler.submit(run, seq_id, work)
 
-    async def _ask(self, run: Run, command: OptimStep | ExportAdapter | CopyAdapter) -> Any:
+    async def _ask(self, run: Run, command: ExportAdapter | CopyAdapter) -> Any:
         if not self._scheduler.is_live(run.run_id):
             raise lost(run.run_id)
         return await self._scheduler.ask(command)

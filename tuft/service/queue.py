@@ -1,69 +1,121 @@
 """Which operations run next: a pure decision over plain objects. No clock but the one passed in, no I/O.
 
-Each run is a *lane*: its operations go in the order of their seq, one after the other. An operation that comes early
-is parked until the seqs before it came. Between lanes, the tenant who was served least goes first, and losses of many
-runs are fused into one pass up to a token budget. Everything that is not a loss (optim_step, save, load, ...) is a
-barrier of its own lane: it starts when all before it ended, and nothing of the lane passes it.
+Each run is a *lane*: its operations go in the order of their seq. One that comes early is parked until the seqs before
+it came. Losses are cut into *parts* that fit a pass; parts of any lanes share passes. An optim_step is sent behind its
+lane's losses without waiting for them, since the engine computes in the order in which it is asked. Everything else
+(save, load, ...) is a barrier of its own lane: it starts when all before it ended, and nothing of the lane passes it.
+
+Between tenants the order is that of weighted fair queueing: every tenant is owed an equal share of the rows computed
+(docs/adr/0007). *Virtual time* is how many rows each of the tenants who want any would have by now if passes could be
+divided without end; an operation's ``finish`` is when it would be done in such a world, and the earliest finish goes
+first.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import count
 
-from tuft.engine.base import RunLoss
-from tuft.types import FutureResult
+from tuft.engine.base import OptimStep, RunLoss
+from tuft.prefixes import cut
+from tuft.types import Failure, FutureResult
 
 Barrier = Callable[[], Awaitable[FutureResult]]
+Work = RunLoss | OptimStep | Barrier
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Operation:
-    """One queued call of a run."""
+    """One queued call of a run. ``error``: what its first failed part ended with."""
 
     run_id: str
     tenant_id: str
     seq: int
     future_id: str
-    work: RunLoss | Barrier
+    work: Work
+    error: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What starts as one: some data of a loss, needing ``num_rows`` rows of a pass, or an operation of another kind."""
+
+    operation: Operation
+    work: Work
+    num_rows: int = 0
 
     @property
-    def num_tokens(self) -> int:
-        return self.work.num_tokens if isinstance(self.work, RunLoss) else 0
+    def is_last(self) -> bool:
+        return not isinstance(self.work, RunLoss) or self.work.is_last
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """An operation with parts that have not started, and its place in the fair order."""
+
+    operation: Operation
+    parts: deque[Part]
+    finish: float = 0.0
+    arrival: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
 
 
 @dataclass(slots=True)
 class _Lane:
+    """``released`` ends with the first barrier that has not ended; ``behind`` is what waits for that."""
+
     tenant_id: str
     next_seq: int
-    ready: deque[Operation] = field(default_factory=deque)
-    parked: dict[int, Operation] = field(default_factory=dict)
+    released: deque[_Waiting] = field(default_factory=deque)
+    behind: deque[_Waiting] = field(default_factory=deque)
+    parked: dict[int, _Waiting] = field(default_factory=dict)
+    has_barrier: bool = False
+    is_stepping: bool = False
     num_running: int = 0
     gap_since_s: float | None = None
 
     def admit_parked(self) -> bool:
-        """Make ready what has its turn now; True if anything was."""
+        """Let in what has its turn now; True if anything was."""
         first_seq = self.next_seq
-        while (operation := self.parked.pop(self.next_seq, None)) is not None:
-            self.ready.append(operation)
+        while (waiting := self.parked.pop(self.next_seq, None)) is not None:
+            self.behind.append(waiting)
             self.next_seq += 1
         return self.next_seq > first_seq
 
-    def head(self, losses_only: bool) -> Operation | None:
-        """The operation that may start now. ``losses_only``: the lane has losses in the pass that is being filled."""
-        if not self.ready or (self.num_running and not losses_only):
+    def head(self) -> Part | None:
+        """What may start now, if a pass has room for it."""
+        if not self.released:
             return None
-        operation = self.ready[0]
-        return None if losses_only and not isinstance(operation.work, RunLoss) else operation
+        part = self.released[0].parts[0]
+        if isinstance(part.work, OptimStep):  # one at a time, or a lane of nothing else would fill the engine's mailbox
+            return None if self.is_stepping else part
+        return part if isinstance(part.work, RunLoss) or not self.num_running else None
+
+    def start(self) -> None:
+        """The head has been taken."""
+        waiting = self.released[0]
+        part = waiting.parts.popleft()
+        if not waiting.parts:
+            self.released.popleft()
+        self.num_running += 1
+        self.is_stepping = self.is_stepping or isinstance(part.work, OptimStep)
 
 
 class OperationQueue:
-    """Lanes of all runs."""
+    """Lanes of all runs. ``pass_tokens`` bounds the rows of a pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, pass_tokens: int) -> None:
+        self._pass_tokens = pass_tokens
         self._lanes: dict[str, _Lane] = {}
-        self._served_tokens: dict[str, float] = {}
+        self._arrivals = count()
+        self._virtual_time = 0.0
+        self._last_finish: dict[str, float] = {}  # of the tenants who are owed rows
 
     def open(self, run_id: str, tenant_id: str, first_seq: int) -> None:
         """A lane that waits for ``first_seq``."""
@@ -73,9 +125,13 @@ class OperationQueue:
         return run_id in self._lanes
 
     def close(self, run_id: str) -> list[Operation]:
-        """Forget the lane; returns what it still held, ready and parked."""
+        """Forget the lane; returns what has not started, or not with all its parts."""
         lane = self._lanes.pop(run_id, None)
-        return [] if lane is None else [*lane.ready, *lane.parked.values()]
+        if lane is None:
+            return []
+        if lane.tenant_id in self._last_finish:
+            self._last_finish[lane.tenant_id] -= sum(waiting.num_rows for waiting in lane.released)
+        return [waiting.operation for waiting in (*lane.released, *lane.behind, *lane.parked.values())]
 
     def accepts(self, run_id: str, seq: int) -> bool:
         """False if that seq had its turn already."""
@@ -84,54 +140,51 @@ class OperationQueue:
     def put(self, operation: Operation, now_s: float) -> None:
         """Queue it; early seqs are parked."""
         lane = self._lanes[operation.run_id]
-        if not lane.ready and not lane.num_running:
-            self._join(lane.tenant_id)
-        lane.parked[operation.seq] = operation
+        lane.parked[operation.seq] = _Waiting(operation, deque(_parts(operation, self._pass_tokens)))
         progressed = lane.admit_parked()
+        self._release(lane)
         if not lane.parked:
             lane.gap_since_s = None
         elif progressed or lane.gap_since_s is None:
             lane.gap_since_s = now_s
 
-    def take(self, token_budget: int) -> list[Operation]:
-        """What starts now, in order: barriers at the head of idle lanes, and losses of any lanes up to ``token_budget``
-        tokens (0: no loss; the first loss is taken however large)."""
-        taken: list[Operation] = []
-        in_pass: set[str] = set()
-        tokens = 0
-        while True:
-            heads = [
-                (run_id, lane, head)
-                for run_id, lane in self._lanes.items()
-                if (head := lane.head(run_id in in_pass)) is not None
-                and (
-                    not isinstance(head.work, RunLoss)
-                    or (token_budget and (not in_pass or tokens + head.num_tokens <= token_budget))
-                )
-            ]
-            if not heads:
-                return taken
-            run_id, lane, head = min(heads, key=lambda item: self._served_tokens.get(item[1].tenant_id, 0.0))
-            lane.ready.popleft()
-            lane.num_running += 1
-            taken.append(head)
-            if isinstance(head.work, RunLoss):
-                in_pass.add(run_id)
-                tokens += head.num_tokens
-                self._served_tokens[lane.tenant_id] = self._served_tokens.get(lane.tenant_id, 0.0) + head.num_tokens
+    def take(self, free_rows: int) -> list[Part]:
+        """What starts now: all that is no loss and may start, and losses of any lanes in the fair order, until one does
+        not fit into ``free_rows`` rows of a pass. Into an empty pass (``pass_tokens`` rows) the first goes however
+        large. A smaller one behind may not fill the gap: with enough of those, the order would be theirs."""
+        taken: list[Part] = []
+        heads = [entry for lane in self._lanes.values() if (entry := _entry(lane)) is not None]
+        heapq.heapify(heads)
+        while heads:
+            _, _, part, lane = heapq.heappop(heads)
+            if part.num_rows > free_rows and free_rows != self._pass_tokens:
+                break
+            free_rows -= part.num_rows
+            lane.start()
+            taken.append(part)
+            if (entry := _entry(lane)) is not None:
+                heapq.heappush(heads, entry)
+        self._advance(sum(part.num_rows for part in taken))
+        return taken
 
-    def finished(self, operation: Operation) -> None:
-        """An operation that ``take`` gave has ended, well or not."""
-        lane = self._lanes.get(operation.run_id)
-        if lane is not None:
-            lane.num_running -= 1
+    def finished(self, part: Part) -> None:
+        """A part that ``take`` gave has ended, well or not."""
+        lane = self._lanes.get(part.operation.run_id)
+        if lane is None:
+            return
+        lane.num_running -= 1
+        if isinstance(part.work, OptimStep):
+            lane.is_stepping = False
+        elif not isinstance(part.work, RunLoss):
+            lane.has_barrier = False
+            self._release(lane)
 
     def give_up_gaps(self, now_s: float, timeout_s: float) -> list[Operation]:
         """Take out what waited ``timeout_s`` for a seq that never came; the lanes go on behind it."""
         given_up: list[Operation] = []
         for lane in self._lanes.values():
             if lane.gap_since_s is not None and now_s - lane.gap_since_s >= timeout_s:
-                given_up.extend(lane.parked.values())
+                given_up.extend(waiting.operation for waiting in lane.parked.values())
                 lane.next_seq = max(lane.parked) + 1
                 lane.parked.clear()
                 lane.gap_since_s = None
@@ -140,14 +193,57 @@ class OperationQueue:
     @property
     def num_ready(self) -> int:
         """Operations that wait for nothing but their turn."""
-        return sum(len(lane.ready) for lane in self._lanes.values())
+        return sum(len(lane.released) + len(lane.behind) for lane in self._lanes.values())
 
-    def _join(self, tenant_id: str) -> None:
-        """A tenant who comes back from idling starts level with the others: past idleness earns no credit."""
-        busy = [
-            self._served_tokens.get(lane.tenant_id, 0.0)
-            for lane in self._lanes.values()
-            if (lane.ready or lane.num_running) and lane.tenant_id != tenant_id
-        ]
-        if busy:
-            self._served_tokens[tenant_id] = max(self._served_tokens.get(tenant_id, 0.0), min(busy))
+    def _release(self, lane: _Lane) -> None:
+        """Give their places in the fair order to all up to the next barrier. What waits for its own lane's barrier gets
+        none before, as if it had not come yet: such a wait earns no credit."""
+        while lane.behind and not lane.has_barrier:
+            waiting = lane.behind.popleft()
+            waiting.arrival = next(self._arrivals)
+            lane.has_barrier = not isinstance(waiting.operation.work, RunLoss | OptimStep)
+            if isinstance(waiting.operation.work, RunLoss):
+                start = max(self._virtual_time, self._last_finish.get(lane.tenant_id, 0.0))
+                waiting.finish = self._last_finish[lane.tenant_id] = start + waiting.num_rows
+            lane.released.append(waiting)
+
+    def _advance(self, num_rows: float) -> None:
+        """Virtual time after ``num_rows`` more rows, shared out evenly among the tenants, as far as each is owed."""
+        finishes = sorted(finish for finish in self._last_finish.values() if finish > self._virtual_time)
+        for index, finish in enumerate(finishes):
+            num_tenants = len(finishes) - index
+            step = min(finish - self._virtual_time, num_rows / num_tenants)
+            self._virtual_time += step
+            num_rows -= step * num_tenants
+        self._last_finish = {
+            tenant_id: finish for tenant_id, finish in self._last_finish.items() if finish > self._virtual_time
+        }
+
+
+def _entry(lane: _Lane) -> tuple[float, int, Part, _Lane] | None:
+    """The lane's head in the order of ``take``. Arrivals are distinct, so parts are never compared."""
+    part = lane.head()
+    return None if part is None else (lane.released[0].finish, lane.released[0].arrival, part, lane)
+
+
+def _parts(operation: Operation, pass_tokens: int) -> list[Part]:
+    loss = operation.work
+    if not isinstance(loss, RunLoss):
+        return [Part(operation, loss)]
+    return [
+        Part(
+            operation,
+            RunLoss(
+                loss.adapter_id,
+                loss.data[piece.first : piece.stop],
+                loss.loss_fn,
+                loss.loss_fn_config,
+                loss.backward,
+                operation.future_id,
+                piece.first,
+                piece.stop == len(loss.data),
+            ),
+            piece.num_rows,
+        )
+        for piece in cut([datum.tokens_T for datum in loss.data], pass_tokens)
+    ]

@@ -120,6 +120,7 @@ class Samplers:
             num_samples=num_samples,
             prompt_logprobs=prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
+            cache_scope=tenant.tenant_id,
         )
 
         async def run() -> FutureResult:

@@ -1,26 +1,41 @@
-"""From an accepted operation to its settled future: one loop that asks the queue, and one pass of losses at a time."""
+"""From an accepted operation to its settled future: ask the queue, and keep the engine's mailbox filled.
+
+Two passes are with the engine at a time: one that it computes and one that waits there, so that it never waits for us.
+No more than that is decided ahead, and the waiting one is topped up while it waits.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 
-from tuft.engine.base import Command, Engine, RunLoss
+from tuft.engine.base import Command, Engine, OptimStep, RunLoss
 from tuft.errors import RunLost, TuftError
 from tuft.records import Run
 from tuft.service.futures import Futures, failure, outcome
-from tuft.service.queue import Barrier, Operation, OperationQueue
+from tuft.service.queue import Barrier, Operation, OperationQueue, Part, Work
 from tuft.types import Failure, FutureResult
 
 log = structlog.get_logger(__name__)
 
 _SWEEP_INTERVAL_S = 1.0
+_MAX_PASSES = 2
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Parts of losses that are with the engine; over when all are answered."""
+
+    num_rows: int = 0
+    num_unanswered: int = 0
 
 
 class Scheduler:
@@ -31,11 +46,11 @@ class Scheduler:
         self._futures = futures
         self._pass_tokens = pass_tokens
         self._seq_gap_timeout_s = seq_gap_timeout_s
-        self._queue = OperationQueue()
+        self._queue = OperationQueue(pass_tokens)
         self._future_of_seq: dict[tuple[str, int], str] = {}
         self._generation_of_run: dict[str, int] = {}
-        self._wake = asyncio.Event()
-        self._pass_running = False
+        self._passes: list[_Pass] = []
+        self._num_unanswered = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- runs ---------------------------------------------------------------------------------------------------------
@@ -59,7 +74,7 @@ class Scheduler:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def submit(self, run: Run, seq: int, work: RunLoss | Barrier) -> str:
+    def submit(self, run: Run, seq: int, work: Work) -> str:
         """Queue ``work`` as operation ``seq`` of ``run``; returns its future's id at once.
 
         A retry of (run, seq) gets the first call's future. A run that is not open, or a seq that was given up, gives a
@@ -80,7 +95,7 @@ class Scheduler:
             self._futures.settle(future_id, Failure(message, "user"))
         else:
             self._queue.put(Operation(run.run_id, run.tenant_id, seq, future_id, work), time.monotonic())
-            self._wake.set()
+            self._dispatch()
         return future_id
 
     def start(self, tenant_id: str, work: Barrier) -> str:
@@ -103,22 +118,15 @@ class Scheduler:
         return self._futures.known(future_id)
 
     async def serve(self) -> None:
-        """The loop; runs until cancelled."""
-        sweep_at_s = time.monotonic()
+        """Housekeeping; runs until cancelled."""
         while True:
-            self._dispatch()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_SWEEP_INTERVAL_S):  # before 3.12, wait_for can swallow a cancellation
-                    await self._wake.wait()
-            self._wake.clear()
-            if time.monotonic() - sweep_at_s >= _SWEEP_INTERVAL_S:
-                sweep_at_s = time.monotonic()
-                self._sweep()
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+            self._sweep()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing runs or waits; False if ``timeout_s`` was not enough."""
         deadline = time.monotonic() + timeout_s
-        while self._tasks or self._queue.num_ready:
+        while self._tasks or self._num_unanswered or self._queue.num_ready:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(0.02)
@@ -130,42 +138,61 @@ class Scheduler:
         task.add_done_callback(self._tasks.discard)
 
     def _dispatch(self) -> None:
-        losses = []
-        for operation in self._queue.take(0 if self._pass_running else self._pass_tokens):
-            if isinstance(operation.work, RunLoss):
-                losses.append((operation, operation.work))
+        """Start all that may start now."""
+        self._passes = [waiting for waiting in self._passes if waiting.num_unanswered]
+        while True:
+            is_full = len(self._passes) == _MAX_PASSES
+            filling = self._passes[-1] if is_full else _Pass()
+            parts = self._queue.take(self._pass_tokens - filling.num_rows)
+            self._start(parts, filling)
+            if filling.num_unanswered and not is_full:
+                self._passes.append(filling)
+            elif not parts:
+                return
+
+    def _start(self, parts: Sequence[Part], filling: _Pass) -> None:
+        batch = []
+        for part in parts:
+            if not isinstance(part.work, RunLoss | OptimStep):
+                self._spawn(self._run_barrier(part, part.work))
+            elif not self.is_live(part.operation.run_id):
+                self._end(part, failure(lost(part.operation.run_id)))
             else:
-                self._spawn(self._run_barrier(operation, operation.work))
-        if losses:
-            self._pass_running = True
-            self._spawn(self._run_pass(losses))
+                batch.append((part, part.work))
+        if not batch:
+            return
+        loop = asyncio.get_running_loop()
+        replies = self._engine.submit([command for _, command in batch])
+        for (part, _), reply in zip(batch, replies, strict=True):
+            in_pass = filling if isinstance(part.work, RunLoss) else None
+            if in_pass is not None:
+                in_pass.num_rows += part.num_rows
+                in_pass.num_unanswered += 1
+            self._num_unanswered += 1
+            reply.add_done_callback(partial(_on_loop, loop, self._answered, part, in_pass))
 
-    async def _run_pass(self, operations: Sequence[tuple[Operation, RunLoss]]) -> None:
-        live = []
-        for operation, loss in operations:
-            if self.is_live(operation.run_id):
-                live.append((operation, loss))
-            else:
-                self._finish(operation, failure(lost(operation.run_id)))
+    def _answered(self, part: Part, in_pass: _Pass | None, reply: Future[Any]) -> None:
+        self._num_unanswered -= 1
+        if in_pass is not None:
+            in_pass.num_unanswered -= 1
+        error = reply.exception()
+        self._end(part, failure(error) if isinstance(error, TuftError) else reply.result())
+        self._dispatch()
 
-        async def finish(operation: Operation, reply: Future[FutureResult]) -> None:
-            self._finish(operation, await outcome(asyncio.wrap_future(reply)))
+    async def _run_barrier(self, part: Part, barrier: Barrier) -> None:
+        self._end(part, await outcome(barrier()))
+        self._dispatch()
 
-        try:
-            replies = self._engine.submit([loss for _, loss in live])
-            answered = zip(live, replies, strict=True)
-            await asyncio.gather(*(finish(operation, reply) for (operation, _), reply in answered))
-        finally:
-            self._pass_running = False
-            self._wake.set()
-
-    async def _run_barrier(self, operation: Operation, barrier: Barrier) -> None:
-        self._finish(operation, await outcome(barrier()))
-
-    def _finish(self, operation: Operation, result: FutureResult | Failure) -> None:
-        self._queue.finished(operation)
-        self._settle(operation, result)
-        self._wake.set()
+    def _end(self, part: Part, result: FutureResult | Failure | None) -> None:
+        """A part's result; its operation is settled by that of the last."""
+        operation = part.operation
+        self._queue.finished(part)
+        if isinstance(result, Failure) and operation.error is None:
+            operation.error = result
+        if part.is_last:
+            settled = operation.error or result
+            assert settled is not None
+            self._settle(operation, settled)
 
     def _settle(self, operation: Operation, result: FutureResult | Failure) -> None:
         if isinstance(result, Failure):
@@ -183,6 +210,12 @@ class Scheduler:
         self._future_of_seq = {
             key: future_id for key, future_id in self._future_of_seq.items() if self._futures.known(future_id)
         }
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> None:
+    """Call back on ``loop``, from the engine's thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped, and nobody waits any more
+        loop.call_soon_threadsafe(callback, *args)
 
 
 _HOW_TO_GO_ON = (

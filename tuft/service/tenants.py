@@ -18,20 +18,21 @@ class Tenants:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._configured: dict[str, Tenant] = {}
+        self._known: dict[str, Tenant] = {}  # by the key's hash: the configured ones, and those who have called
 
     def authenticate(self, api_key: str | None) -> Tenant:
         """The tenant that holds ``api_key``; raises Unauthorized, which says what to look at."""
         if not api_key:
             raise Unauthorized("no API key: send it as X-API-Key; `tuft key create --tenant NAME` makes one")
         key_hash = _hash(api_key)
-        tenant = self._configured.get(key_hash) or self._catalog.tenant_of_key(key_hash)
+        tenant = self._known.get(key_hash) or self._catalog.tenant_of_key(key_hash)
         if tenant is None:
             raise Unauthorized(
                 f"invalid api key (the one received ends in …{api_key[-4:]}): this server does not know it. "
                 "SDKs up to 0.16.1 prefer TINKER_API_KEY over api_key=, newer ones the argument; "
                 "`tuft key create --tenant NAME` on the server's machine makes a key"
             )
+        self._known[key_hash] = tenant  # a key is never taken back
         return tenant
 
     def create_key(self, tenant_name: str) -> str:
@@ -44,7 +45,7 @@ class Tenants:
         """Accept ``key``, which the configuration or the environment gives, as long as this server runs."""
         if not key.startswith(API_KEY_PREFIX):
             raise InvalidInput("key", f"…{key[-4:]}", f"must start with {API_KEY_PREFIX!r}: the SDK refuses other keys")
-        self._configured[_hash(key)] = self._tenant(tenant_name)
+        self._known[_hash(key)] = self._tenant(tenant_name)
 
     def knows(self, key: str) -> bool:
         return self._catalog.tenant_of_key(_hash(key)) is not None

@@ -1,0 +1,104 @@
+"""From the hidden states of a step to its tokens: the unembedding, then one draw a continuation.
+
+Shape letters: ``U`` hidden states, ``N`` draws (several from one hidden state where continuations begin), ``D``
+residual channels, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tuft.engine.sampling import Draw, draw_tokens
+from tuft.models.decoder import Decoder
+from tuft.models.decoding import DecodedRows, Draws, PackedAdapters
+from tuft.models.head import dot_products, exact_logits
+from tuft.models.lora import Adapter, Segment
+
+Drawn = tuple[list[int], list[float]]
+"""Tokens and their logprobs."""
+
+
+def segments_of(adapters: Sequence[Adapter | None]) -> list[Segment]:
+    """Rows that have each an adapter; neighbours with the same are one segment."""
+    segments: list[Segment] = []
+    for row, adapter in enumerate(adapters):
+        if segments and segments[-1].adapter is adapter and segments[-1].stop == row:
+            segments[-1] = Segment(adapter, segments[-1].start, row + 1)
+        elif adapter is not None:
+            segments.append(Segment(adapter, row, row + 1))
+    return segments
+
+
+def draw(
+    decoder: Decoder,
+    packed: PackedAdapters,
+    x_UD: Tensor,
+    adapters: Sequence[Adapter | None],
+    origins: Sequence[int],
+    draws: Sequence[Draw],
+) -> Drawn:
+    """``adapters`` are those of the rows of ``x_UD``, ``origins`` the row that each draw is from. What one draw gets
+    does not depend on the others: top-k and top-p have no kernels and go their own way."""
+    kernels = decoder.ops.decode
+    by_kernels = [kernels is not None and not one.is_truncated for one in draws]
+    tokens, logprobs = [0] * len(draws), [0.0] * len(draws)
+    for is_kernels in sorted(set(by_kernels)):
+        numbers = [n for n in range(len(draws)) if by_kernels[n] == is_kernels]
+        rows = sorted({origins[n] for n in numbers})
+        place = {row: index for index, row in enumerate(rows)}
+        found = (_by_kernels if is_kernels else _by_torch)(
+            decoder,
+            packed,
+            x_UD if len(rows) == len(x_UD) else x_UD[rows],
+            [adapters[row] for row in rows],
+            [place[origins[n]] for n in numbers],
+            [draws[n] for n in numbers],
+        )
+        for n, token, logprob in zip(numbers, *found, strict=True):
+            tokens[n], logprobs[n] = token, logprob
+    return tokens, logprobs
+
+
+def _by_kernels(
+    decoder: Decoder,
+    packed: PackedAdapters,
+    x_UD: Tensor,
+    adapters: Sequence[Adapter | None],
+    origins: Sequence[int],
+    draws: Sequence[Draw],
+) -> Drawn:
+    kernels = decoder.ops.decode
+    assert kernels is not None
+    lora = packed.tables(adapters)
+    logits_UV = decoder.logits(x_UD, (), DecodedRows(kernels, lora) if lora.max_rank else None)
+    wanted = Draws(
+        torch.tensor(origins),
+        torch.tensor([one.temperature for one in draws], dtype=torch.float32),
+        torch.tensor([one.uniform for one in draws], dtype=torch.float64),
+    )
+    lora = packed.tables([adapters[row] for row in origins])
+    tokens_N, logprobs_N = kernels.draw(logits_UV, x_UD, decoder.head_VD, wanted, lora)
+    return tokens_N.tolist(), logprobs_N.tolist()
+
+
+def _by_torch(
+    decoder: Decoder,
+    packed: PackedAdapters,  # noqa: ARG001
+    x_UD: Tensor,
+    adapters: Sequence[Adapter | None],
+    origins: Sequence[int],
+    draws: Sequence[Draw],
+) -> Drawn:
+    segments = segments_of(adapters)
+    origins_N = torch.tensor(origins, device=x_UD.device)
+    none = origins_N[:0]
+    logits_NV = exact_logits(decoder, x_UD, segments, none, none)
+    if len(draws) > len(x_UD):
+        logits_NV = logits_NV[origins_N]
+    if decoder.dtype == torch.float32:
+        return draw_tokens(logits_NV, draws)
+    return draw_tokens(logits_NV, draws, partial(dot_products, decoder, x_UD.float(), segments, origins_N))

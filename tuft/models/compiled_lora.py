@@ -1,0 +1,124 @@
+"""``segments.LoraKernels`` over the compiled kernels. CPU only.
+
+Shape letters: ``T`` packed rows, ``K`` in_features, ``N`` out_features of a group's linears together, ``R`` LoRA rows
+of a group, ``L`` its linears, ``S`` segments.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tuft.models.kernels import lora_segments as kernels
+from tuft.models.kernels.native import SERIAL_ELEMENTS, Kernel
+from tuft.models.lora import Segment
+from tuft.models.segments import GroupTables, SegmentTables
+
+_F32_BYTES = 4
+
+_MAX_BF16_WORK = 12_288
+"""Rows times rank; beyond, the CPU's bf16 instructions, which torch's products use, outweigh what a call costs."""
+
+
+class CompiledLora:
+    """bf16 and float32. The workspace is shared by all calls, which follow each other."""
+
+    block_rows = kernels.BLOCK_ROWS
+
+    def __init__(self) -> None:
+        self._workspace = torch.empty(0)
+
+    def takes(self, segment: Segment, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32 or (segment.stop - segment.start) * segment.adapter.spec.rank <= _MAX_BF16_WORK
+
+    def add(self, y_TN: Tensor, x_TK: Tensor, segments: SegmentTables, group: GroupTables) -> Tensor:
+        h_TR = x_TK.new_empty(len(x_TK), len(group.sizes_L) * segments.max_rank)
+        run = kernels.forward_bf16 if x_TK.dtype == torch.bfloat16 else kernels.forward_float32
+        self._run_rows(run, x_TK, y_TN, h_TR, x_TK.shape[1], segments, group)
+        return h_TR
+
+    def backward(
+        self, dy_TN: Tensor, x_TK: Tensor, dx_TK: Tensor, segments: SegmentTables, group: GroupTables, h_TR: Tensor
+    ) -> None:
+        in_features = x_TK.shape[1]
+        is_bf16 = x_TK.dtype == torch.bfloat16
+        dh_TR = torch.empty_like(h_TR)
+        run = kernels.backward_bf16 if is_bf16 else kernels.backward_float32
+        self._run_rows(run, dy_TN, dx_TK, dh_TR, in_features, segments, group)
+        add_gradients = kernels.gradients_bf16 if is_bf16 else kernels.gradients_float32
+        pieces = _pieces(in_features, tuple(group.sizes_L.tolist()))
+        add_gradients(
+            SERIAL_ELEMENTS,
+            len(segments),
+            len(pieces),
+            in_features,
+            len(group.sizes_L),
+            group.sizes_L.data_ptr(),
+            pieces.data_ptr(),
+            segments.bounds_S2.data_ptr(),
+            segments.ranks_S.data_ptr(),
+            group.addresses_4S[2].data_ptr(),
+            group.addresses_4S[3].data_ptr(),
+            x_TK.data_ptr(),
+            _step(x_TK),
+            dy_TN.data_ptr(),
+            _step(dy_TN),
+            h_TR.data_ptr(),
+            dh_TR.data_ptr(),
+            _step(h_TR),
+        )
+
+    def _run_rows(
+        self,
+        run: Kernel,
+        given: Tensor,
+        added_to: Tensor,
+        h_TR: Tensor,
+        in_features: int,
+        segments: SegmentTables,
+        group: GroupTables,
+    ) -> None:
+        floats = kernels.BLOCK_ROWS * h_TR.shape[1]
+        if len(self._workspace) < floats * torch.get_num_threads():
+            self._workspace = torch.empty(floats * torch.get_num_threads())
+        run(
+            SERIAL_ELEMENTS,
+            len(segments.blocks_J3),
+            in_features,
+            len(group.sizes_L),
+            group.sizes_L.data_ptr(),
+            segments.blocks_J3.data_ptr(),
+            len(segments),
+            group.addresses_4S[0].data_ptr(),
+            group.addresses_4S[1].data_ptr(),
+            segments.ranks_S.data_ptr(),
+            segments.scales_S.data_ptr(),
+            given.data_ptr(),
+            _step(given),
+            added_to.data_ptr(),
+            _step(added_to),
+            h_TR.data_ptr(),
+            _step(h_TR),
+            self._workspace.data_ptr(),
+            _F32_BYTES * floats,
+        )
+
+
+def _step(x: Tensor) -> int:
+    """Bytes from row to row; the elements of a row follow each other."""
+    assert x.stride(1) == 1
+    return x.stride(0) * x.element_size()
+
+
+@lru_cache(maxsize=64)
+def _pieces(in_features: int, sizes: tuple[int, ...]) -> Tensor:
+    """Columns of a gradient that one thread sums: linear (-1: of A), first column, number of columns."""
+    return torch.tensor(
+        [
+            (linear, first, min(kernels.BLOCK_COLUMNS, size - first))
+            for linear, size in ((-1, in_features), *enumerate(sizes))
+            for first in range(0, size, kernels.BLOCK_COLUMNS)
+        ]
+    )
