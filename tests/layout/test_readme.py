@@ -27,17 +27,16 @@ def test_the_first_commands_are_targets_of_the_makefile() -> None:
 
 def test_every_module_has_its_line_in_the_tree() -> None:
     (tree,) = [block for block in blocks("") if block.startswith("tuft/")]
-    shown, folder = set(), ROOT / "tuft"
+    shown, folders = set(), {2: ROOT / "tuft"}
     for line in tree.splitlines()[1:]:
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
         if indent == 0:
             break
-        if indent == 2:
-            folder = ROOT / "tuft"
+        path = folders[indent] / name
         if name.endswith("/"):
-            folder = folder / name if indent == 2 else folder
+            folders[indent + 2] = path
         else:
-            shown.add(str((folder / name).relative_to(ROOT)))
+            shown.add(str(path.relative_to(ROOT)))
     modules = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tuft").rglob("*.py")
