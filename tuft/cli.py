@@ -169,6 +169,8 @@ class _Terminal:
         for model in models:
             facts = f"{model.num_parameters / 1e6:,.0f} M parameters, {model.precision}"
             out.print(f"[green]●[/] {model.name}  [dim]{facts}, context {model.max_context_tokens} tokens[/]")
+            for need in model.memory_plan:
+                out.print(f"  [dim]{need.num_bytes / 1e6:7,.0f} MB  {need.purpose}[/]")
         out.print(f"[bold green]ready[/] after {time.monotonic() - self._started_s:.1f} s; Ctrl-C stops the server")
 
     def stopping(self) -> None:

@@ -52,7 +52,9 @@ class EngineSection(_Section):
     """How the engine computes."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    micro_batch_tokens: int = Field(2048, ge=64, description="most tokens of one forward and backward pass")
+    micro_batch_tokens: int = Field(
+        1024, ge=64, description="most tokens of one forward and backward pass; a GPU wants 8192 or more"
+    )
     kv_cache_tokens: int = Field(
         65_536, ge=256, description="tokens that all sequences being sampled may hold together"
     )

@@ -128,6 +128,14 @@ class AdapterState:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """What some purpose needs of a device's memory."""
+
+    purpose: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModelInfo:
     """What everyone may know of a loaded base model. ``tokenizer_dir`` holds tokenizer.json, tokenizer_config.json
     and config.json as Hugging Face writes them."""
@@ -143,6 +151,7 @@ class BaseModelInfo:
     tokenizer_dir: str
     linear_shapes: Mapping[str, tuple[int, int]]
     """Linear name as in PEFT (``model.layers.0.self_attn.q_proj``, ``lm_head``) to (out_features, in_features)."""
+    memory_plan: tuple[MemoryNeed, ...] = ()
 
 
 # --- what a settled future holds, beside LossResult, OptimStepResult and SampleResult ---------------------------------

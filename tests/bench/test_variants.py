@@ -35,7 +35,7 @@ def workloads() -> dict[str, Training]:
         "equal": equal(text, SPEC, 3, 2, 16),
         "ragged": ragged(text, SPEC, 3, 2, 32),
         "grpo": grpo(text, SPEC, 3, 40, 8),
-        "cut": equal(text, SPEC, 2, 150, 16),  # more than a pass of 2,048 rows
+        "cut": equal(text, SPEC, 2, 150, 16),  # more than a pass
     }
 
 

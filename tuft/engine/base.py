@@ -37,7 +37,7 @@ class EngineSettings:
 
     device: str = "auto"
     kernel_cache: str | None = None
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
     kv_cache_tokens: int = 65_536
     max_decode_rows: int = 32
     packed_decode: bool = True

@@ -53,10 +53,13 @@ def keep_freed_memory() -> None:
 
     A step allocates and frees gigabytes in blocks of tens of megabytes; fetched afresh from the system, page by page,
     they took a fifth of a CPU step's time (see bench/RESULTS.md). The price: the process stays as large as its largest
-    step, which is bounded by ``micro_batch_tokens``. Call it once, before torch allocates much. Only glibc has it.
+    step, which is bounded by ``micro_batch_tokens``. Call it once, after loading: what that has freed is given back
+    first. Only glibc has it.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    mallopt = ctypes.CDLL(None).mallopt
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    mallopt = libc.mallopt
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES)):
         mallopt(option, value)

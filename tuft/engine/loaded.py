@@ -10,6 +10,7 @@ import torch
 
 from tuft.engine.base import BaseModelSource, EngineSettings
 from tuft.engine.device import choose_device, choose_precision
+from tuft.engine.memory import memory_plan
 from tuft.engine.sampler import Sampler
 from tuft.engine.trainer import Trainer
 from tuft.models.decoder import Decoder
@@ -41,6 +42,7 @@ def _load_model(source: BaseModelSource, settings: EngineSettings, device: torch
     config = weights.config
     precision = choose_precision(source.precision, device)
     decoder = Decoder(weights, precision, device)
+    is_packed = settings.packed_decode and device.type == "cpu" and precision == "bf16"
     info = BaseModelInfo(
         name=source.name,
         aliases=source.aliases,
@@ -52,6 +54,7 @@ def _load_model(source: BaseModelSource, settings: EngineSettings, device: torch
         eos_token_ids=config.eos_token_ids,
         tokenizer_dir=source.tokenizer_dir,
         linear_shapes=config.linear_shapes(),
+        memory_plan=memory_plan(config, settings, decoder.dtype.itemsize, is_packed),
     )
     trainer = Trainer(decoder, settings.micro_batch_tokens)
     return LoadedModel(info, decoder, trainer, Sampler(decoder, load_tokenizer(tokenizer_dir), settings))

@@ -33,12 +33,12 @@ def main() -> None:
     from tuft.engine.kernels import KernelUpgrade
     from tuft.engine.loaded import load_models
 
-    keep_freed_memory()
     try:
         models = load_models(setup.sources, setup.settings)
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent is told)
         mailbox.send(LoadFailed(engine_error(error, "loading the base models")))
         return
+    keep_freed_memory()  # from here on: what loading needed goes back to the system
     mailbox.send(Ready(tuple(model.info for model in models)))
     settings = setup.settings
     kernels = KernelUpgrade([model.decoder for model in models], settings.kernel_cache)
