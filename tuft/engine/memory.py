@@ -14,7 +14,7 @@ _BYTES_PER_PARAMETER = 16  # of an adapter: the weight, its gradient and two mom
 def memory_plan(
     config: DecoderConfig, settings: EngineSettings, item_bytes: int, is_packed: bool
 ) -> tuple[MemoryNeed, ...]:
-    """``item_bytes``: of the compute dtype. ``is_packed``: whether decoding keeps the linears' weights a second time."""
+    """``item_bytes``: of the compute dtype. ``is_packed``: whether decoding keeps linear weights twice."""
     weights = config.num_parameters * item_bytes
     plan = [MemoryNeed("base weights", weights)]
     if is_packed:
