@@ -112,7 +112,8 @@ class PeftReference:
                 parameter.copy_(torch.from_numpy(state.weights[name]))
 
     def logprobs(self, tokens_T: np.ndarray, targets_T: np.ndarray) -> Tensor:
-        logits_TV = self.model(input_ids=torch.as_tensor(tokens_T)[None]).logits[0].float()
+        # float64: in float32, torch's softmax over a vocabulary is wrong in the sixth digit
+        logits_TV = self.model(input_ids=torch.as_tensor(tokens_T)[None]).logits[0].double()
         return torch.log_softmax(logits_TV, dim=-1).gather(1, torch.as_tensor(targets_T)[:, None])[:, 0]
 
     def forward_backward(self, data: Sequence[Datum]) -> tuple[float, list[np.ndarray]]:

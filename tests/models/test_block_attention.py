@@ -1,4 +1,4 @@
-"""Attention over trees of shared prefixes, by our blocks and by torch's kernels, against the definition."""
+"""Attention over trees of shared prefixes, by blocks, tiles and torch's kernels, against the definition."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.engine.reference import CPU
+from tests.models.operators import COMPILED
 from tuft.models.block_attention import kernel_attention
-from tuft.models.packed import Branch, PackedAttention
+from tuft.models.packed import Branch, PackedAttention, packed_attention
 
 H, G, d = 6, 2, 32
 LONG_PREFIX = [
@@ -54,6 +55,10 @@ def by_blocks(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: T
     return PackedAttention(branches, CPU).attend(0, q_THd, k_TGd, v_TGd)
 
 
+def by_tiles(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    return packed_attention(branches, CPU, COMPILED.attention).attend(0, q_THd, k_TGd, v_TGd)
+
+
 def by_kernels(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
     """As on a GPU: PackedAttention takes this way for any device but the CPU."""
     return kernel_attention(q_THd, k_TGd, v_TGd, PackedAttention(branches, CPU).groups)
@@ -67,7 +72,7 @@ def with_gradients(
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
-@pytest.mark.parametrize("attention", [by_blocks, by_kernels])
+@pytest.mark.parametrize("attention", [by_blocks, by_tiles, by_kernels])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_a_branch_attends_to_its_prefix_and_itself(
@@ -84,7 +89,8 @@ def test_a_branch_attends_to_its_prefix_and_itself(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tree", TREES)
-def test_a_tree_is_bit_equal_beside_others(tree: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("attention", [by_blocks, by_tiles])
+def test_a_tree_is_bit_equal_beside_others(attention: Callable[..., Tensor], tree: str, dtype: torch.dtype) -> None:
     def moved(branch: Branch, by: int) -> Branch:
         prefix = tuple((start + by, stop + by) for start, stop in branch.prefix)
         return Branch(branch.start + by, branch.stop + by, prefix)
@@ -95,14 +101,13 @@ def test_a_tree_is_bit_equal_beside_others(tree: str, dtype: torch.dtype) -> Non
     fused = [Branch(0, 60), Branch(60, first), *(moved(branch, first) for branch in branches), *copy]
     inputs = [random(first + 2 * T, heads, seed, dtype) for seed, heads in enumerate((H, G, G))]
     dout = random(first + 2 * T, H, 9, dtype)
-    together = with_gradients(by_blocks, fused, inputs, dout)
+    together = with_gradients(attention, fused, inputs, dout)
     rows = slice(first, first + T)
-    alone = with_gradients(by_blocks, branches, [x[rows] for x in inputs], dout[rows])
+    alone = with_gradients(attention, branches, [x[rows] for x in inputs], dout[rows])
     assert all(torch.equal(expected, actual[rows]) for expected, actual in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_groups_of_a_block_hold_every_row_once(dtype: torch.dtype) -> None:
+def test_the_groups_hold_every_row_once() -> None:
     for branches in TREES.values():
         rows = []
         for group in PackedAttention(branches, CPU).groups:

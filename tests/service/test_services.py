@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import TINY_MODEL
 from tests.service.conftest import Settled
+from tuft.engine.base import Command, Sample
+from tuft.engine.worker import EngineProcess
 from tuft.errors import InvalidInput, NotFound, QuotaExceeded
 from tuft.records import Session, Tenant
 from tuft.service.futures import Pending
@@ -294,3 +299,43 @@ async def test_many_tenants_at_once_all_get_their_results(services: Services, al
     alone = await tenant_loop("first")
     together = await asyncio.gather(*(tenant_loop(f"tenant{number}") for number in range(8)))
     assert all(losses == alone for losses in together)
+
+
+async def test_an_operation_larger_than_a_pass_has_one_result(
+    services: Services, alice: Tenant, run_id: str, settled: Settled
+) -> None:
+    data = []
+    for first in range(8):
+        tokens_T = (np.arange(400 + first) + first) % 300 + 5
+        data.append(Datum(tokens_T, {"target_tokens": tokens_T + 1}))
+    future_id = backward(services, alice, run_id, 1, *data)
+    step = services.operations.optim_step(alice, run_id, 2, AdamParams(learning_rate=1e-2))
+    whole = await settled(future_id)
+    assert isinstance(whole, LossResult)
+    assert [len(logprobs) for logprobs in whole.logprobs] == [len(datum.tokens_T) for datum in data]
+    assert whole.metrics["loss:sum"] == pytest.approx(-sum(logprobs.sum() for logprobs in whole.logprobs))
+    assert isinstance(await settled(step), OptimStepResult)
+    after = await settled(backward(services, alice, run_id, 3, *data))
+    assert isinstance(after, LossResult)
+    assert after.metrics["loss:sum"] < whole.metrics["loss:sum"]
+
+
+async def test_prompts_are_reused_within_a_tenant_alone(
+    services: Services, engine: EngineProcess, alice: Tenant, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = services.samplers.create(alice, session.session_id, 0, TINY_MODEL, None)
+    commands: list[Command] = []
+    submit = engine.submit
+
+    def watched(batch: Sequence[Command]) -> list[Future[Any]]:
+        commands.extend(batch)
+        return submit(batch)
+
+    monkeypatch.setattr(engine, "submit", watched)
+    future_id, _ = services.samplers.sample(
+        alice, sampler.sampler_id, 0, (1, 2, 3), SamplingParams(max_tokens=1), 1, False, 0
+    )
+    assert isinstance(await services.futures.wait(alice, future_id, 30.0), SampleResult)
+    (command,) = commands
+    assert isinstance(command, Sample)
+    assert command.cache_scope == alice.tenant_id

@@ -97,7 +97,7 @@ def _by_torch(
     origins_N = torch.tensor(origins, device=x_UD.device)
     none = origins_N[:0]
     logits_NV = exact_logits(decoder, x_UD, segments, none, none)
-    if len(draws) > len(x_UD):
+    if list(origins) != list(range(len(x_UD))):
         logits_NV = logits_NV[origins_N]
     if decoder.dtype == torch.float32:
         return draw_tokens(logits_NV, draws)

@@ -185,19 +185,19 @@ class CompiledOps:
         return tokens_N
 
     def log_sum_exp(self, logits_NV: Tensor, exact: Pairs) -> tuple[Tensor, Tensor]:
-        lse_N = torch.empty(len(logits_NV))
+        sums_N2 = torch.empty(len(logits_NV), 2)
         head.log_sum_exp(
             logits_NV.numel(),
             logits_NV.element_size(),
             *logits_NV.shape,
             logits_NV.data_ptr(),
             *_addresses(exact),
-            lse_N.data_ptr(),
+            sums_N2.data_ptr(),
         )
-        return lse_N, logits_NV
+        return sums_N2, logits_NV
 
     def logits_backward(
-        self, kept_NV: Tensor, lse_N: Tensor, exact: Pairs, gradients: Pairs, active_A: Tensor
+        self, kept_NV: Tensor, sums_N2: Tensor, exact: Pairs, gradients: Pairs, active_A: Tensor
     ) -> Tensor:
         dlogits_AV = kept_NV.new_empty((len(active_A), kept_NV.shape[1]))
         head.logits_backward(
@@ -205,7 +205,7 @@ class CompiledOps:
             kept_NV.element_size(),
             *dlogits_AV.shape,
             kept_NV.data_ptr(),
-            lse_N.data_ptr(),
+            sums_N2.data_ptr(),
             active_A.data_ptr(),
             *_addresses(exact),
             *_addresses(gradients),

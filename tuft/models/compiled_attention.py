@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tuft.models.kernels import attention
+from tuft.models.kernels import attention, attention_backward
 from tuft.models.kernels.native import double_bits
 from tuft.models.kernels.products import TILE
 from tuft.models.tiled_attention import TILE_ROWS, TileTables
@@ -49,8 +49,8 @@ class CompiledAttention:
         dout_THd = dout_THd.contiguous()
         dqkv = out_THd.new_empty((num_rows, num_heads + 2 * num_kv_heads, d))
         dq_THd, dk_TGd, dv_TGd = dqkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        *_, num_bytes = attention.backward_work(0, d, size, tables.max_tiles, tables.max_tree_rows)
-        attention.backward(
+        *_, num_bytes = attention_backward.backward_work(0, d, size, tables.max_tiles, tables.max_tree_rows)
+        attention_backward.backward(
             _work(tables.tree_costs, num_heads, d),
             size,
             len(tables.trees_R4),

@@ -56,7 +56,7 @@ class CompiledDecode:
         row_floats = shape.in_features + lora.max_rank
         add = lora_rows.add_bf16 if x_BK.dtype == torch.bfloat16 else lora_rows.add_float32
         add(
-            0 if num_rows == 1 else num_rows * lora.max_rank * (x_BK.shape[1] + y_BN.shape[1]),
+            0 if num_rows == 1 else num_rows * lora.max_rank * (x_BK.shape[1] + y_BN.shape[1]) // LANES,
             num_rows,
             shape.in_features,
             shape.num_linears,

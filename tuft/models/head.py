@@ -130,11 +130,11 @@ def _score_chunk(
         exact_NV[exact.rows_M, exact.tokens_M] = exact.values_M
         top = exact_NV.topk(scores.top_tokens_TK.shape[1], dim=-1)
         scores.top_tokens_TK[start:stop], scores.top_logprobs_TK[start:stop] = top.indices, top.values
-    lse_N, kept_NV = decoder.ops.log_sum_exp(logits_NV, exact)
+    sums_N2, kept_NV = decoder.ops.log_sum_exp(logits_NV, exact)
     logprobs_M = scores.logprobs_M[first:last]
-    torch.sub(target_logits_M, lse_N[rows_M], out=logprobs_M)
+    torch.sub(target_logits_M - sums_N2[rows_M, 0], sums_N2[rows_M, 1], out=logprobs_M)
     if scores.top_logprobs_TK is not None:
-        scores.top_logprobs_TK[start:stop] -= lse_N[:, None]
+        scores.top_logprobs_TK[start:stop] -= sums_N2.sum(dim=1, keepdim=True)
     if loss_gradient is None or scores.dhidden_TD is None:
         return
     dlogprobs_M = torch.zeros_like(logprobs_M)
@@ -147,7 +147,7 @@ def _score_chunk(
     gradients = _sorted_pairs(rows_M[has_gradient_M], tokens_M[has_gradient_M], dlogprobs_M[has_gradient_M])
     active_A = gradients.rows_M.unique_consecutive()
     if len(active_A):
-        dlogits_AV = decoder.ops.logits_backward(kept_NV, lse_N, exact, gradients, active_A).to(decoder.dtype)
+        dlogits_AV = decoder.ops.logits_backward(kept_NV, sums_N2, exact, gradients, active_A).to(decoder.dtype)
         dx_AD = _backward(decoder, x_ND[active_A], segments, dlogits_AV, active_A)
         scores.dhidden_TD[start:stop].index_copy_(0, active_A, dx_AD)
 

@@ -97,12 +97,13 @@ class Ops(Protocol):
         ...
 
     def log_sum_exp(self, logits_NV: Tensor, exact: Pairs) -> tuple[Tensor, Tensor]:
-        """log(sum(exp(logits))) of each row in float32, with the ``exact`` logits in place of their own; and what
-        ``logits_backward`` needs. ``logits_NV`` may be overwritten."""
+        """log(sum(exp(logits))) of each row, with the ``exact`` logits in place of their own, as two float32 to be
+        added ``[N, 2]``: the largest, and the rest (in one number, what little a likely token lacks of 1 would be
+        rounded away). And what ``logits_backward`` needs. ``logits_NV`` may be overwritten."""
         ...
 
     def logits_backward(
-        self, kept_NV: Tensor, lse_N: Tensor, exact: Pairs, gradients: Pairs, active_A: Tensor
+        self, kept_NV: Tensor, sums_N2: Tensor, exact: Pairs, gradients: Pairs, active_A: Tensor
     ) -> Tensor:
         """dlogits ``[A, V]``, in float32 or the dtype of the logits: the sum over a row's ``gradients`` g, all of exact
         logits, of g * (onehot - softmax). ``active_A``: the rows that have any, in order. ``kept_NV`` may be
@@ -208,18 +209,20 @@ class EagerOps:
         logits_NV = logits_NV.float()
         logits_NV[exact.rows_M, exact.tokens_M] = exact.values_M
         probs_NV = torch.softmax(logits_NV, dim=-1)
-        # A row's largest probability is exp(max - lse), and never so small that its logarithm is imprecise.
-        return logits_NV.amax(dim=-1) - probs_NV.amax(dim=-1).log(), probs_NV
+        # softmax adds one exponential after another: over a vocabulary its sum is wrong in the sixth digit
+        probs_NV.div_(probs_NV.sum(dim=-1, keepdim=True))
+        # A row's largest probability is exp(-rest), and never so small that its logarithm is imprecise.
+        return torch.stack([logits_NV.amax(dim=-1), -probs_NV.amax(dim=-1).log()], dim=1), probs_NV
 
     def logits_backward(
         self,
         kept_NV: Tensor,
-        lse_N: Tensor,
+        sums_N2: Tensor,
         exact: Pairs,  # noqa: ARG002 (what is kept are probabilities, already of the exact logits)
         gradients: Pairs,
         active_A: Tensor,
     ) -> Tensor:
-        total_N = torch.zeros_like(lse_N).index_add_(0, gradients.rows_M, gradients.values_M)
+        total_N = torch.zeros_like(sums_N2[:, 0]).index_add_(0, gradients.rows_M, gradients.values_M)
         dlogits_AV = kept_NV if len(active_A) == len(kept_NV) else kept_NV[active_A]
         dlogits_AV.mul_(-total_N[active_A, None])
         places_M = torch.searchsorted(active_A, gradients.rows_M)

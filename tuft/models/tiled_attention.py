@@ -51,6 +51,9 @@ class TileTables:
             if len(spans) == 1 or not trees:
                 trees.append([number, number, start, stop])
                 tree_costs.append(0)
+            while spans[0][0] < trees[-1][2]:  # it sees rows of an earlier tree: with all that follows they are one
+                trees.pop()
+                tree_costs[-2:] = [sum(tree_costs[-2:])]
             trees[-1][1], trees[-1][3] = number + 1, stop
             tree_costs[-1] += costs[-1]
         return cls(

@@ -88,7 +88,6 @@ def _log_sum_exp(p: Any, dtype: Any) -> None:
     a = arguments(p)
     num_rows, width = a[1], a[2]
     rows_M, tokens_M, values_M = _pairs(a, 4)
-    lse = array(a[8], num_rows, np.float32)
     first, stop = share(num_rows)
     for row in range(first, stop):
         logits = line(a[3], row, width, dtype)
@@ -107,7 +106,8 @@ def _log_sum_exp(p: Any, dtype: Any) -> None:
             if i == begin or tokens_M[i] != tokens_M[i - 1]:
                 total -= np.float64(exp(loaded(logits[tokens_M[i]]) - peak))
                 total += np.float64(exp(values_M[i] - peak))
-        lse[row] = np.float32(np.float64(peak) + log(total))
+        sums = line(a[8], row, 2, np.float32)
+        sums[0], sums[1] = peak, np.float32(log(total))
 
 
 @inlined
@@ -119,16 +119,17 @@ def _logits_backward(p: Any, dtype: Any) -> None:
     for place in range(first, stop):
         row = active[place]
         logits, dlogits = line(a[3], row, width, dtype), line(a[14], place, width, dtype)
-        lse = array(a[4] + row * 4, 1, np.float32)[0]
+        sums = line(a[4], row, 2, np.float32)
+        peak, inverse = sums[0], exp(-sums[1])
         begin, end = _first(gradients[0], row), _first(gradients[0], row + 1)
         total = np.float32(0)
         for i in range(begin, end):
             total += gradients[2][i]
         for v in range(width):
-            dlogits[v] = stored(-total * exp(loaded(logits[v]) - lse), dtype)
+            dlogits[v] = stored(-total * inverse * exp(loaded(logits[v]) - peak), dtype)
         for i in range(_first(exact[0], row), _first(exact[0], row + 1)):
             token = exact[1][i]
-            dlogit = -total * exp(exact[2][i] - lse)
+            dlogit = -total * inverse * exp(exact[2][i] - peak)
             while begin < end and gradients[1][begin] < token:
                 begin += 1
             while begin < end and gradients[1][begin] == token:

@@ -161,7 +161,8 @@ class BFloat(ir.Type):
 
 
 def bf16_bits(b: Any, value: Any) -> Any:
-    """LLVM code that rounds a float, or a vector of them, to nearest even as torch does; NaN stays NaN."""
+    """LLVM code that rounds a float, or a vector of them, to nearest even as torch does; NaN stays NaN. Numbers
+    below the smallest normal one may become 0."""
 
     def like_value(element: Any) -> Any:
         return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
