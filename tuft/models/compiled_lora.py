@@ -17,9 +17,10 @@ from tuft.models.lora import Segment
 from tuft.models.segments import GroupTables, SegmentTables
 
 _F32_BYTES = 4
+_LINE_BYTES = 64
 
-_MAX_BF16_WORK = 12_288
-"""Rows times rank; beyond, the CPU's bf16 instructions, which torch's products use, outweigh what a call costs."""
+_MAX_BF16_WORK = 49_152
+"""Rows times rank; beyond, torch's products are as fast."""
 
 
 class CompiledLora:
@@ -28,7 +29,7 @@ class CompiledLora:
     block_rows = kernels.BLOCK_ROWS
 
     def __init__(self) -> None:
-        self._workspace = torch.empty(0)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def takes(self, segment: Segment, dtype: torch.dtype) -> bool:
         return dtype == torch.float32 or (segment.stop - segment.start) * segment.adapter.spec.rank <= _MAX_BF16_WORK
@@ -68,6 +69,7 @@ class CompiledLora:
             h_TR.data_ptr(),
             dh_TR.data_ptr(),
             _step(h_TR),
+            *self._reserved(kernels.gradient_work(0, h_TR.shape[1], h_TR.element_size())[-1]),
         )
 
     def _run_rows(
@@ -80,9 +82,6 @@ class CompiledLora:
         segments: SegmentTables,
         group: GroupTables,
     ) -> None:
-        floats = kernels.BLOCK_ROWS * h_TR.shape[1]
-        if len(self._workspace) < floats * torch.get_num_threads():
-            self._workspace = torch.empty(floats * torch.get_num_threads())
         run(
             SERIAL_ELEMENTS,
             len(segments.blocks_J3),
@@ -101,9 +100,16 @@ class CompiledLora:
             _step(added_to),
             h_TR.data_ptr(),
             _step(h_TR),
-            self._workspace.data_ptr(),
-            _F32_BYTES * floats,
+            *self._reserved(_F32_BYTES * kernels.BLOCK_ROWS * h_TR.shape[1]),
         )
+
+    def _reserved(self, bytes_per_thread: int) -> tuple[int, int]:
+        """Address and size of the memory of each thread of the team."""
+        bytes_per_thread = -(-bytes_per_thread // _LINE_BYTES) * _LINE_BYTES
+        needed = bytes_per_thread * torch.get_num_threads()
+        if len(self._workspace) < needed:
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+        return self._workspace.data_ptr(), bytes_per_thread
 
 
 def _step(x: Tensor) -> int:

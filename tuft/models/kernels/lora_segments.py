@@ -15,12 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from tuft.models.kernels.native import arguments, array, inlined, kernel, loaded, stored, turn
+from tuft.models.kernels.native import arguments, array, inlined, item_bytes, kernel, loaded, stored, turn
+from tuft.models.kernels.products import (
+    ROWS,
+    TILE,
+    UNIT_BYTES,
+    load_rows,
+    load_units,
+    multiply,
+    multiply_add,
+    pack,
+    spread_unit,
+)
+from tuft.models.kernels.tiles import transposed, up_to
 from tuft.models.kernels.vectors import LANES, add, fma, load, spread, store, total
 
 BLOCK_ROWS = 16
-BLOCK_COLUMNS = 64
+BLOCK_COLUMNS = 256
 _F32_BYTES = 4
+_VECTOR_BYTES = LANES * UNIT_BYTES
+
+
+@inlined
+def _whole(K: int, size: int) -> int:
+    """Elements of a row that fill whole vectors."""
+    return K * size // _VECTOR_BYTES * (_VECTOR_BYTES // size)
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -36,17 +55,21 @@ def _inner_4x4(
     b0, b1, b2, b3 = zero, zero, zero, zero
     c0, c1, c2, c3 = zero, zero, zero, zero
     d0, d1, d2, d3 = zero, zero, zero, zero
-    for k in range(0, K // LANES * LANES * size, LANES * size):
-        v0, v1 = load(A + k, dtype), load(A + A_step + k, dtype)
-        v2, v3 = load(A + 2 * A_step + k, dtype), load(A + 3 * A_step + k, dtype)
-        u = load(x + k, dtype)
-        a0, a1, a2, a3 = fma(u, v0, a0), fma(u, v1, a1), fma(u, v2, a2), fma(u, v3, a3)
-        u = load(x + x_step + k, dtype)
-        b0, b1, b2, b3 = fma(u, v0, b0), fma(u, v1, b1), fma(u, v2, b2), fma(u, v3, b3)
-        u = load(x + 2 * x_step + k, dtype)
-        c0, c1, c2, c3 = fma(u, v0, c0), fma(u, v1, c1), fma(u, v2, c2), fma(u, v3, c3)
-        u = load(x + 3 * x_step + k, dtype)
-        d0, d1, d2, d3 = fma(u, v0, d0), fma(u, v1, d1), fma(u, v2, d2), fma(u, v3, d3)
+    for k in range(0, _whole(K, size) * size, _VECTOR_BYTES):
+        v0, v1 = load_units(A + k), load_units(A + A_step + k)
+        v2, v3 = load_units(A + 2 * A_step + k), load_units(A + 3 * A_step + k)
+        u = load_units(x + k)
+        a0, a1 = multiply_add(u, v0, a0, dtype), multiply_add(u, v1, a1, dtype)
+        a2, a3 = multiply_add(u, v2, a2, dtype), multiply_add(u, v3, a3, dtype)
+        u = load_units(x + x_step + k)
+        b0, b1 = multiply_add(u, v0, b0, dtype), multiply_add(u, v1, b1, dtype)
+        b2, b3 = multiply_add(u, v2, b2, dtype), multiply_add(u, v3, b3, dtype)
+        u = load_units(x + 2 * x_step + k)
+        c0, c1 = multiply_add(u, v0, c0, dtype), multiply_add(u, v1, c1, dtype)
+        c2, c3 = multiply_add(u, v2, c2, dtype), multiply_add(u, v3, c3, dtype)
+        u = load_units(x + 3 * x_step + k)
+        d0, d1 = multiply_add(u, v0, d0, dtype), multiply_add(u, v1, d1, dtype)
+        d2, d3 = multiply_add(u, v2, d2, dtype), multiply_add(u, v3, d3, dtype)
     w[at], w[at + 1], w[at + 2], w[at + 3] = total(a0), total(a1), total(a2), total(a3)
     at += R
     w[at], w[at + 1], w[at + 2], w[at + 3] = total(b0), total(b1), total(b2), total(b3)
@@ -60,28 +83,43 @@ def _inner_4x4(
 def _inner_1x1(x: int, A: int, K: int, dtype: Any, size: int) -> Any:
     """As one element of ``_inner_4x4``."""
     sums = spread(np.float32(0))
-    for k in range(0, K // LANES * LANES * size, LANES * size):
-        sums = fma(load(x + k, dtype), load(A + k, dtype), sums)
+    for k in range(0, _whole(K, size) * size, _VECTOR_BYTES):
+        sums = multiply_add(load_units(x + k), load_units(A + k), sums, dtype)
     return total(sums)
 
 
 @inlined
-def _outer_4x2(
-    w: Any, at: int, R: int, rank: int, B: int, B_step: int, y: int, y_step: int, dtype: Any, size: int
-) -> None:
-    """``y[4, 2 vectors] += w[4, r] @ B[r, 2 vectors]``."""
+def _spread_element(at: int, dtype: Any) -> Any:
+    return spread(loaded(array(at, 1, dtype)[0]))
+
+
+@inlined
+def _outer_4x2(h: int, h_step: int, rank: int, B: int, B_step: int, y: int, y_step: int, dtype: Any, size: int) -> None:
+    """``y[4, 2 vectors] += h[4, r] @ B[r, 2 vectors]``."""
     zero = spread(np.float32(0))
     a0, a1, b0, b1 = zero, zero, zero, zero
     c0, c1, d0, d1 = zero, zero, zero, zero
-    for i in range(rank):
-        v0, v1 = load(B + i * B_step, dtype), load(B + i * B_step + LANES * size, dtype)
-        u = spread(w[at + i])
+    last = rank - 1
+    for i in range(0, rank - rank % (UNIT_BYTES // size), UNIT_BYTES // size):
+        v0 = load_rows(B + i * B_step, B_step, dtype)
+        v1 = load_rows(B + i * B_step + LANES * size, B_step, dtype)
+        u = spread_unit(h + i * size)
+        a0, a1 = multiply_add(u, v0, a0, dtype), multiply_add(u, v1, a1, dtype)
+        u = spread_unit(h + h_step + i * size)
+        b0, b1 = multiply_add(u, v0, b0, dtype), multiply_add(u, v1, b1, dtype)
+        u = spread_unit(h + 2 * h_step + i * size)
+        c0, c1 = multiply_add(u, v0, c0, dtype), multiply_add(u, v1, c1, dtype)
+        u = spread_unit(h + 3 * h_step + i * size)
+        d0, d1 = multiply_add(u, v0, d0, dtype), multiply_add(u, v1, d1, dtype)
+    if rank * size % UNIT_BYTES:
+        v0, v1 = load(B + last * B_step, dtype), load(B + last * B_step + LANES * size, dtype)
+        u = _spread_element(h + last * size, dtype)
         a0, a1 = fma(u, v0, a0), fma(u, v1, a1)
-        u = spread(w[at + R + i])
+        u = _spread_element(h + h_step + last * size, dtype)
         b0, b1 = fma(u, v0, b0), fma(u, v1, b1)
-        u = spread(w[at + 2 * R + i])
+        u = _spread_element(h + 2 * h_step + last * size, dtype)
         c0, c1 = fma(u, v0, c0), fma(u, v1, c1)
-        u = spread(w[at + 3 * R + i])
+        u = _spread_element(h + 3 * h_step + last * size, dtype)
         d0, d1 = fma(u, v0, d0), fma(u, v1, d1)
     _add_pair(y, a0, a1, dtype, size)
     _add_pair(y + y_step, b0, b1, dtype, size)
@@ -93,31 +131,6 @@ def _outer_4x2(
 def _add_pair(y: int, first: Any, second: Any, dtype: Any, size: int) -> None:
     store(y, add(load(y, dtype), first), dtype)
     store(y + LANES * size, add(load(y + LANES * size, dtype), second), dtype)
-
-
-@inlined
-def _gram_4x2(
-    c: int, c_step: int, x: int, x_step: int, num_rows: int, g: int, g_step: int, dtype: Any, size: int
-) -> None:
-    """``g[4, 2 vectors] += c[t, 4].T @ x[t, 2 vectors]``, ``g`` float32."""
-    zero = spread(np.float32(0))
-    a0, a1, b0, b1 = zero, zero, zero, zero
-    c0, c1, d0, d1 = zero, zero, zero, zero
-    for row in range(num_rows):
-        v0, v1 = load(x + row * x_step, dtype), load(x + row * x_step + LANES * size, dtype)
-        c_4 = array(c + row * c_step, 4, dtype)
-        u = spread(loaded(c_4[0]))
-        a0, a1 = fma(u, v0, a0), fma(u, v1, a1)
-        u = spread(loaded(c_4[1]))
-        b0, b1 = fma(u, v0, b0), fma(u, v1, b1)
-        u = spread(loaded(c_4[2]))
-        c0, c1 = fma(u, v0, c0), fma(u, v1, c1)
-        u = spread(loaded(c_4[3]))
-        d0, d1 = fma(u, v0, d0), fma(u, v1, d1)
-    _add_pair(g, a0, a1, np.float32, _F32_BYTES)
-    _add_pair(g + g_step, b0, b1, np.float32, _F32_BYTES)
-    _add_pair(g + 2 * g_step, c0, c1, np.float32, _F32_BYTES)
-    _add_pair(g + 3 * g_step, d0, d1, np.float32, _F32_BYTES)
 
 
 # --- products of a block ----------------------------------------------------------------------------------------------
@@ -137,7 +150,7 @@ def _inner(
                 for one in range(row, min(row + 4, num_rows)):
                     for j in range(i, min(i + 4, rank)):
                         w[at + one * R + j] = _inner_1x1(x + one * x_step, A + j * A_step, K, dtype, size)
-    whole = K // LANES * LANES
+    whole = _whole(K, size)
     for row in range(num_rows if whole < K else 0):
         x_K = array(x + row * x_step, K, dtype)
         for i in range(rank):
@@ -149,77 +162,84 @@ def _inner(
 
 
 @inlined
-def _outer_1x2(w: Any, at: int, rank: int, B: int, B_step: int, y: int, dtype: Any, size: int) -> None:
+def _outer_1x2(h: int, rank: int, B: int, B_step: int, y: int, dtype: Any, size: int) -> None:
     """As one row of ``_outer_4x2``."""
     first, second = spread(np.float32(0)), spread(np.float32(0))
-    for i in range(rank):
-        u = spread(w[at + i])
-        first = fma(u, load(B + i * B_step, dtype), first)
-        second = fma(u, load(B + i * B_step + LANES * size, dtype), second)
+    for i in range(0, rank - rank % (UNIT_BYTES // size), UNIT_BYTES // size):
+        u = spread_unit(h + i * size)
+        first = multiply_add(u, load_rows(B + i * B_step, B_step, dtype), first, dtype)
+        second = multiply_add(u, load_rows(B + i * B_step + LANES * size, B_step, dtype), second, dtype)
+    if rank * size % UNIT_BYTES:
+        last = B + (rank - 1) * B_step
+        u = _spread_element(h + (rank - 1) * size, dtype)
+        first, second = fma(u, load(last, dtype), first), fma(u, load(last + LANES * size, dtype), second)
     _add_pair(y, first, second, dtype, size)
 
 
 @inlined
 def _add_outer(
-    w: Any, at: int, R: int, num_rows: int, B: int, rank: int, N: int, y: int, y_step: int, dtype: Any, size: int
+    h: int, h_step: int, num_rows: int, B: int, rank: int, N: int, y: int, y_step: int, dtype: Any, size: int
 ) -> None:
-    """``y[t, N] += w[t, at : at + r] @ B[r, N]``."""
+    """``y[t, N] += h[t, r] @ B[r, N]``."""
     whole = N // (2 * LANES) * (2 * LANES)
     for row in range(0, num_rows, 4):
         for n in range(0, whole * size, 2 * LANES * size):
             if row + 4 <= num_rows:
-                _outer_4x2(w, at + row * R, R, rank, B + n, N * size, y + row * y_step + n, y_step, dtype, size)
+                _outer_4x2(h + row * h_step, h_step, rank, B + n, N * size, y + row * y_step + n, y_step, dtype, size)
             else:
                 for one in range(row, num_rows):
-                    _outer_1x2(w, at + one * R, rank, B + n, N * size, y + one * y_step + n, dtype, size)
+                    _outer_1x2(h + one * h_step, rank, B + n, N * size, y + one * y_step + n, dtype, size)
     B_rN = array(B, rank * N, dtype)
     for row in range(num_rows if whole < N else 0):
-        y_N = array(y + row * y_step, N, dtype)
+        y_N, h_r = array(y + row * y_step, N, dtype), array(h + row * h_step, rank, dtype)
         for n in range(whole, N):
             one_sum = np.float32(0)
             for i in range(rank):
-                one_sum += w[at + row * R + i] * loaded(B_rN[i * N + n])
+                one_sum += loaded(h_r[i]) * loaded(B_rN[i * N + n])
             y_N[n] = stored(loaded(y_N[n]) + one_sum, dtype)
+
+
+def gradient_work(at: int, num_ranks: int, size: int) -> tuple[int, ...]:
+    """Where a thread's work lies: a tile of coefficients, turned, and room to turn it; a tile of rows, packed; the
+    sums; and the end of it."""
+    padded = (num_ranks + ROWS - 1) // ROWS * ROWS
+    between = at + padded * TILE * size
+    rows = between + TILE * num_ranks * UNIT_BYTES
+    sums = rows + TILE * size // UNIT_BYTES * BLOCK_COLUMNS * UNIT_BYTES
+    return at, between, rows, sums, sums + padded * BLOCK_COLUMNS * UNIT_BYTES
+
+
+_gradient_work = inlined(gradient_work)
 
 
 @inlined
 def _add_gram(
-    c: int,
-    c_step: int,
-    x: int,
-    x_step: int,
-    num_rows: int,
-    g: int,
-    g_step: int,
-    rank: int,
-    N: int,
-    dtype: Any,
-    size: int,
+    c: int, c_step: int, x: int, x_step: int, num_rows: int, g: int, g_step: int, shape: Any, work: int, dtype: Any
 ) -> None:
-    """``g[r, N] += c[t, r].T @ x[t, N]``, ``g`` float32; ``N`` columns of wider matrices."""
-    whole, fours = N // (2 * LANES) * (2 * LANES), rank // 4 * 4
-    for i in range(0, fours, 4):
-        for n in range(0, whole, 2 * LANES):
-            at = g + i * g_step + n * _F32_BYTES
-            _gram_4x2(c + i * size, c_step, x + n * size, x_step, num_rows, at, g_step, dtype, size)
+    """``g[r, N] += c[t, r].T @ x[t, N]``, ``g`` float32; ``N`` columns, at most ``BLOCK_COLUMNS``, of wider matrices.
+    ``shape`` is (r, N)."""
+    rank, width = shape
+    size, row_bytes = item_bytes(dtype), BLOCK_COLUMNS * UNIT_BYTES
+    turned, between, packed, sums, _ = _gradient_work(work, rank, size)
+    for first in range(0, num_rows, TILE):
+        count = min(TILE, num_rows - first)
+        transposed(c + first * c_step, c_step, count, rank, turned, between, dtype)
+        pack(x + first * x_step, x_step, count, width, packed, row_bytes, dtype)
+        tile = (up_to(rank, ROWS), up_to(width, TILE), up_to(count * size, UNIT_BYTES) // UNIT_BYTES)
+        multiply(turned, TILE * size, packed, row_bytes, sums, row_bytes, tile, first == 0, dtype)
     for i in range(rank):
-        g_N = array(g + i * g_step, N, np.float32)
-        for n in range(whole if i < fours else 0, N):
-            one_sum = np.float32(0)
-            for row in range(num_rows):
-                c_r, x_N = array(c + row * c_step, rank, dtype), array(x + row * x_step, N, dtype)
-                one_sum += loaded(c_r[i]) * loaded(x_N[n])
-            g_N[n] += one_sum
+        g_N, sums_N = array(g + i * g_step, width, np.float32), array(sums + i * row_bytes, width, np.float32)
+        for n in range(width):
+            g_N[n] += sums_N[n]
 
 
 @inlined
 def _scale(w: Any, num_rows: int, R: int, scale: Any, h: int, h_step: int, dtype: Any) -> None:
-    """Round ``w[t, R]``, scale it, round it again, and keep it in ``h`` too."""
+    """``w[t, R]``, rounded, scaled and rounded again, to ``h``."""
     for row in range(num_rows):
         h_R = array(h + row * h_step, R, dtype)
         for i in range(R):
             h_R[i] = stored(loaded(stored(w[row * R + i], dtype)) * scale, dtype)
-            w[row * R + i] = loaded(h_R[i])
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -257,11 +277,11 @@ def _rows(p: Any, is_forward: bool, dtype: Any, size: int) -> None:
         if is_forward:
             for linear in range(L):
                 N = sizes_N[linear]
-                _add_outer(w, linear * rank, R, num_rows, B, rank, N, y, y_step, dtype, size)
+                _add_outer(h + linear * rank * size, h_step, num_rows, B, rank, N, y, y_step, dtype, size)
                 y += N * size
                 B += rank * N * size
         else:
-            _add_outer(w, 0, R, num_rows, A, R, K, y, y_step, dtype, size)
+            _add_outer(h, h_step, num_rows, A, R, K, y, y_step, dtype, size)
 
 
 @inlined
@@ -274,6 +294,7 @@ def _gradients(p: Any, dtype: Any, size: int) -> None:
     addresses_A, addresses_B = array(a[8], num_segments, np.int64), array(a[9], num_segments, np.int64)
     x_step, dy_step, h_step = a[11], a[13], a[16]
     thread, step = turn()
+    work = a[17] + thread * a[18]
     for item in range(thread, num_segments * num_pieces, step):
         segment, piece = item // num_pieces, item % num_pieces
         linear, first, count = pieces[3 * piece], pieces[3 * piece + 1], pieces[3 * piece + 2]
@@ -283,7 +304,7 @@ def _gradients(p: Any, dtype: Any, size: int) -> None:
         h, dh = a[14] + row * h_step, a[15] + row * h_step
         if linear < 0:
             x, at = a[10] + row * x_step + first * size, addresses_A[segment] + first * _F32_BYTES
-            _add_gram(dh, h_step, x, x_step, num_rows, at, K * _F32_BYTES, L * rank, count, dtype, size)
+            _add_gram(dh, h_step, x, x_step, num_rows, at, K * _F32_BYTES, (L * rank, count), work, dtype)
         else:
             before = 0
             for other in range(linear):
@@ -292,7 +313,7 @@ def _gradients(p: Any, dtype: Any, size: int) -> None:
             dy, at = a[12] + row * dy_step + (before + first) * size, addresses_B[segment]
             at += (rank * before + first) * _F32_BYTES
             of_linear = h + linear * rank * size
-            _add_gram(of_linear, h_step, dy, dy_step, num_rows, at, N * _F32_BYTES, rank, count, dtype, size)
+            _add_gram(of_linear, h_step, dy, dy_step, num_rows, at, N * _F32_BYTES, (rank, count), work, dtype)
 
 
 @kernel

@@ -28,9 +28,13 @@ SERIAL_ELEMENTS = 16_384
 
 
 def _openmp() -> ctypes.CDLL:
-    """The OpenMP library that torch has loaded. Raises OSError where torch was built with another one."""
-    bundled = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    return ctypes.CDLL(str(bundled) if bundled.is_file() else "libgomp.so.1")
+    """The GNU OpenMP library that torch has loaded. Raises OSError if there is none."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    loaded = {line.split()[-1] for line in lines if "libgomp" in line}
+    of_torch = [path for path in sorted(loaded) if Path(path).is_relative_to(Path(torch.__file__).parents[1])]
+    if not loaded:
+        raise OSError("torch computes with another OpenMP library than GNU's")
+    return ctypes.CDLL((of_torch or sorted(loaded))[0])
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tuft.models.kernels.native import HAS_BF16, BFloat, array, bf16_bits, inlined, item_bytes
-from tuft.models.kernels.vectors import F32S, I32S, LANES, Vector
+from tuft.models.kernels.vectors import F32S, I32S, LANES, Vector, store
 
 TILE = 64
 """Columns that are multiplied together: four vectors, so that with ``ROWS`` rows 16 sums are under way at once."""
@@ -36,6 +36,12 @@ def _vector_at(b: Any, address: Any, element: Any = F32S) -> Any:
 
 def _put(b: Any, vector: Any, address: Any) -> None:
     b.store(vector, b.inttoptr(address, vector.type.as_pointer()), align=4)
+
+
+def _spread_at(b: Any, address: Any) -> Any:
+    unit = b.load(b.inttoptr(address, ir.FloatType().as_pointer()), align=2)
+    one = b.insert_element(ir.Constant(F32S, ir.Undefined), unit, ir.Constant(ir.IntType(32), 0))
+    return b.shuffle_vector(one, one, ir.Constant(I32S, [0] * LANES))
 
 
 def _plus(b: Any, address: Any, offset: int) -> Any:
@@ -88,9 +94,7 @@ def _multiply_rows(
             columns = [_vector_at(b, _plus(b, step, v * LANES * UNIT_BYTES)) for v in range(num_vectors)]
             for r, a_row in enumerate(a_rows):
                 unit_at = b.add(a_row, b.mul(loop.index, ir.Constant(ir.IntType(64), UNIT_BYTES)))
-                unit = b.load(b.inttoptr(unit_at, ir.FloatType().as_pointer()), align=2)
-                one = b.insert_element(ir.Constant(F32S, ir.Undefined), unit, ir.Constant(ir.IntType(32), 0))
-                spread = b.shuffle_vector(one, one, ir.Constant(I32S, [0] * LANES))
+                spread = _spread_at(b, unit_at)
                 for v, column in enumerate(columns):
                     total = sums[r * num_vectors + v]
                     b.store(_multiply_add(b, spread, column, b.load(total), dtype.dtype), total)
@@ -171,13 +175,40 @@ def transpose(x_at: int, x_bytes: int, num_rows: int, num_units: int, out_at: in
 
 
 @intrinsic
-def _interleave(context: Any, even_at: Any, odd_at: Any, out_at: Any) -> Any:  # noqa: ARG001
-    def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
-        even, odd = (b.zext(_vector_at(b, at, _I16S), I32S) for at in args[:2])
-        _put(b, b.or_(even, b.shl(odd, ir.Constant(I32S, [16] * LANES))), args[2])
-        return c.get_dummy_value()
+def load_units(context: Any, address: Any) -> Any:  # noqa: ARG001
+    """16 units of one row."""
+    return Vector()(address), lambda c, b, s, args: _vector_at(b, args[0])  # noqa: ARG005
 
-    return types.void(even_at, odd_at, out_at), generate
+
+@intrinsic
+def load_rows(context: Any, address: Any, row_bytes: Any, dtype: Any) -> Any:  # noqa: ARG001
+    """16 columns of one unit of rows, packed: a float32 row, or a pair of bf16 rows."""
+
+    def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
+        even_at, row_bytes, _ = args
+        if dtype.dtype == types.float32:
+            return _vector_at(b, even_at)
+        even, odd = (b.zext(_vector_at(b, at, _I16S), I32S) for at in (even_at, b.add(even_at, row_bytes)))
+        return b.bitcast(b.or_(even, b.shl(odd, ir.Constant(I32S, [16] * LANES))), F32S)
+
+    return Vector()(address, row_bytes, dtype), generate
+
+
+@intrinsic
+def spread_unit(context: Any, address: Any) -> Any:  # noqa: ARG001
+    """The unit at ``address`` in all lanes."""
+    return Vector()(address), lambda c, b, s, args: _spread_at(b, args[0])  # noqa: ARG005
+
+
+@intrinsic
+def multiply_add(context: Any, x: Any, y: Any, sums: Any, dtype: Any) -> Any:  # noqa: ARG001
+    """``sums`` plus the products of units of ``dtype``."""
+
+    def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
+        x, y, sums, _ = args
+        return _multiply_add(b, x, y, sums, dtype.dtype)
+
+    return Vector()(x, y, sums, dtype), generate
 
 
 @inlined
@@ -185,23 +216,19 @@ def pack(x_at: int, x_bytes: int, num_rows: int, width: int, out_at: int, out_by
     """The rows of a matrix as the inner dimension of B: one row a unit in float32, pairs of rows in bf16. A missing
     second row is zero."""
     size = item_bytes(dtype)
-    if size == UNIT_BYTES:
-        for row in range(num_rows):
-            x, out = array(x_at + row * x_bytes, width, np.int32), array(out_at + row * out_bytes, width, np.int32)
-            for c in range(width):
-                out[c] = x[c]
-        return
-    whole = width // LANES * LANES
-    for row in range(0, num_rows, 2):
-        even_at, odd_at, to = x_at + row * x_bytes, x_at + (row + 1) * x_bytes, out_at + row // 2 * out_bytes
-        has_odd = row + 1 < num_rows
-        if has_odd:
+    per_unit, whole = UNIT_BYTES // size, width // LANES * LANES
+    for row in range(0, num_rows, per_unit):
+        at, to = x_at + row * x_bytes, out_at + row // per_unit * out_bytes
+        is_whole = row + per_unit <= num_rows
+        if is_whole:
             for c in range(0, whole, LANES):
-                _interleave(even_at + c * size, odd_at + c * size, to + c * UNIT_BYTES)
-        out = array(to, width, np.uint32)
-        even, odd = array(even_at, width, np.uint16), array(odd_at, width, np.uint16)
-        for c in range(whole if has_odd else 0, width):
-            out[c] = np.uint32(even[c]) | (np.uint32(odd[c]) << np.uint32(16) if has_odd else np.uint32(0))
+                store(to + c * UNIT_BYTES, load_rows(at + c * size, x_bytes, dtype), np.float32)
+        x, after = array(at, width, dtype), array(at + x_bytes, width, dtype)
+        out = array(to, width * per_unit, dtype)
+        for c in range(whole if is_whole else 0, width):
+            out[c * per_unit] = x[c]
+            if per_unit == 2:
+                out[c * per_unit + 1] = after[c] if is_whole else dtype(0)
 
 
 @intrinsic
