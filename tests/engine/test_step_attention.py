@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.engine.reference import CPU
 from tests.engine.test_kv_pages import CONFIG, make_pages
+from tests.models.operators import COMPILED, EAGER, each_ops
 from tuft.engine.kv_pages import KvPages, num_pages_of
 from tuft.engine.step_attention import ChunkRows, StepAttention
+from tuft.models.ops import Ops
+from tuft.models.packed import Branch, packed_attention
 from tuft.models.paged_attention import PageTables
 
 LAYER = 1
@@ -49,9 +53,9 @@ class Prompt:
         return expected_context(*self.qkv)[self.bounds[index] : self.bounds[index + 1]]
 
 
-def contexts(pages: KvPages, wanted: list[tuple[Prompt, int]]) -> list[Tensor]:
+def contexts(pages: KvPages, wanted: list[tuple[Prompt, int]], ops: Ops = EAGER) -> list[Tensor]:
     """One step with these chunks; the context of each."""
-    attention = StepAttention(pages, None, None, [prompt.chunk(index) for prompt, index in wanted])
+    attention = StepAttention(pages, None, None, [prompt.chunk(index) for prompt, index in wanted], ops.attention)
     rows = [prompt.rows(index) for prompt, index in wanted]
     out = attention.attend(LAYER, *(torch.cat(parts) for parts in zip(*rows, strict=True)))
     return list(out.split([len(q) for q, _, _ in rows]))
@@ -59,16 +63,27 @@ def contexts(pages: KvPages, wanted: list[tuple[Prompt, int]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("chunks", [[1], [5], [128], [32, 1], [16, 32, 9], [128, 128, 40]])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_prompt_in_chunks_equals_a_prompt_at_once(chunks: list[int], at_once: bool) -> None:
+@each_ops
+def test_a_prompt_in_chunks_equals_a_prompt_at_once(ops: Ops, chunks: list[int], at_once: bool) -> None:
     pages = make_pages(40)
     prompt = Prompt(pages, chunks, seed=1)
     every = [(prompt, index) for index in range(len(chunks))]
-    out = contexts(pages, every) if at_once else [context for one in every for context in contexts(pages, [one])]
+    steps = [every] if at_once else [[one] for one in every]
+    out = [context for step in steps for context in contexts(pages, step, ops)]
     for index, context in enumerate(out):
         torch.testing.assert_close(context.double(), prompt.expected(index), atol=1e-5, rtol=0)
 
 
-def test_a_chunk_has_the_same_bits_beside_any_others() -> None:
+def test_by_kernels_chunks_have_the_bits_of_the_trainers_rows() -> None:
+    pages = make_pages(40)
+    prompt = Prompt(pages, [128, 128, 40], seed=1)
+    out = torch.cat([contexts(pages, [(prompt, index)], COMPILED)[0] for index in range(3)])
+    trained = packed_attention([Branch(0, 296)], CPU, COMPILED.attention).attend(LAYER, *prompt.qkv)
+    assert torch.equal(out, trained)
+
+
+@each_ops
+def test_a_chunk_has_the_same_bits_beside_any_others(ops: Ops) -> None:
     def prompts() -> tuple[KvPages, list[Prompt]]:
         pages = make_pages(80)
         return pages, [
@@ -78,7 +93,7 @@ def test_a_chunk_has_the_same_bits_beside_any_others() -> None:
 
     pages, alone = prompts()
     expected = {
-        (number, index): contexts(pages, [(prompt, index)])[0]
+        (number, index): contexts(pages, [(prompt, index)], ops)[0]
         for number, prompt in enumerate(alone)
         for index in range(len(prompt.bounds) - 1)
     }
@@ -87,7 +102,7 @@ def test_a_chunk_has_the_same_bits_beside_any_others() -> None:
         [(0, 0), (4, 0), (1, 0), (2, 0)],
         [(1, 1), (5, 0), (5, 1), (0, 1), (3, 0)],
     ):
-        out = contexts(pages, [(beside[number], index) for number, index in step])
+        out = contexts(pages, [(beside[number], index) for number, index in step], ops)
         for key, context in zip(step, out, strict=True):
             assert torch.equal(context, expected[key])
 

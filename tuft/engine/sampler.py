@@ -279,7 +279,7 @@ class Sampler:
         return self._decoder.hidden(
             torch.tensor(tokens, device=device),
             torch.tensor(positions, device=device),
-            StepAttention(self._pages, tables, kernels, chunks),
+            StepAttention(self._pages, tables, kernels, chunks, self._ops.attention),
             segments,
             batch.decoded,
         )

@@ -1,7 +1,8 @@
 """Attention of one step of the sampler: single new tokens of many sequences, then chunks of prompts.
 
-A chunk attends as the trainer's blocks do, to the chunks before it and causally to itself. Chunks are computed together
-only with others of the same length and place, so bits do not depend on what else is in the step.
+A chunk attends as the trainer's rows do, to the chunks before it and causally to itself; by kernels, bit for bit so.
+By torch's operators chunks are computed together only with others of the same length and place. So bits do not depend
+on what else is in the step.
 
 Shape letters: ``T`` rows of a step, ``B`` those decoded, ``L`` those of chunks, ``H`` query heads, ``G`` key-value
 heads, ``d`` channels of a head, ``P`` pages.
@@ -20,6 +21,7 @@ from tuft.engine.kv_pages import KvPages, num_pages_of, page_rows
 from tuft.models.block_attention import BlockAttention, BlockGroup, Span, kernel_attention
 from tuft.models.decoding import DecodeKernels
 from tuft.models.paged_attention import PAGE_TOKENS, PageTables, paged_attention
+from tuft.models.tiled_attention import AttentionKernels, TileTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,12 @@ class StepAttention:
         tables: PageTables | None,
         kernels: DecodeKernels | None,
         chunks: Sequence[ChunkRows],
+        chunk_kernels: AttentionKernels | None = None,
     ) -> None:
         self._tables = tables
         self._attend_decoded = paged_attention if kernels is None else kernels.attend
         self._num_decoded = 0 if tables is None else len(tables.lengths)
-        self._chunks = _ChunkAttention(pages, chunks) if chunks else None
+        self._chunks = _ChunkAttention(pages, chunks, chunk_kernels) if chunks else None
 
     def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         num_decoded = self._num_decoded
@@ -59,7 +62,7 @@ class StepAttention:
 
 
 class _ChunkAttention:
-    def __init__(self, pages: KvPages, chunks: Sequence[ChunkRows]) -> None:
+    def __init__(self, pages: KvPages, chunks: Sequence[ChunkRows], kernels: AttentionKernels | None) -> None:
         self._pages = pages
         device = pages.pages.device
         lengths = [chunk.num_rows for chunk in chunks]
@@ -67,7 +70,7 @@ class _ChunkAttention:
         self._own_P = torch.tensor(own, device=device)
         self._page_rows = torch.tensor(page_rows(lengths), device=device)
         num_rows = sum(lengths)
-        alike: dict[tuple[int, int], list[tuple[Span, ...]]] = {}  # keys: rows of the step, then positions read
+        seen: list[tuple[Span, ...]] = []  # keys: rows of the step, then positions read
         earlier: list[int] = []
         for chunk, stop in zip(chunks, accumulate(lengths), strict=True):
             spans: tuple[Span, ...] = ((stop - chunk.num_rows, stop),)
@@ -75,8 +78,15 @@ class _ChunkAttention:
                 first = num_rows + len(earlier) * PAGE_TOKENS
                 spans = ((first, first + chunk.start), *spans)
                 earlier += chunk.pages[: num_pages_of(chunk.start)]
-            alike.setdefault((chunk.num_rows, chunk.start), []).append(spans)
+            seen.append(spans)
         self._earlier_P = torch.tensor(earlier, device=device)
+        self._kernels = kernels
+        if kernels is not None:
+            self._tables = TileTables.of(seen)
+            return
+        alike: dict[tuple[int, int], list[tuple[Span, ...]]] = {}
+        for chunk, spans in zip(chunks, seen, strict=True):
+            alike.setdefault((chunk.num_rows, chunk.start), []).append(spans)
         self._groups = [_group(spans, length, device) for (length, _), spans in alike.items()]
 
     def attend(self, layer: int, q_LHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
@@ -84,6 +94,8 @@ class _ChunkAttention:
         if len(self._earlier_P):
             earlier_k, earlier_v = self._pages.read(layer, self._earlier_P)
             k_LGd, v_LGd = torch.cat([k_LGd, earlier_k]), torch.cat([v_LGd, earlier_v])
+        if self._kernels is not None:
+            return self._kernels.forward(q_LHd, k_LGd, v_LGd, self._tables)[0]
         if q_LHd.device.type != "cpu":
             return kernel_attention(q_LHd, k_LGd, v_LGd, self._groups)
         out_LHd: Tensor = BlockAttention.apply(q_LHd, k_LGd, v_LGd, self._groups, False)
