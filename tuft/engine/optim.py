@@ -40,9 +40,8 @@ def optim_steps(steps: Sequence[tuple[Adapter, AdamParams]]) -> list[OptimStepRe
             results.append(error)
             continue
         due[params].append((adapter, gradients_P))
-        adapter.step += 1
         metrics = {"grad_norm:mean": grad_norm, "learning_rate:mean": params.learning_rate}
-        results.append(OptimStepResult({**metrics, "step:max": float(adapter.step)}))
+        results.append(OptimStepResult({**metrics, "step:max": float(adapter.step + 1)}))
     for params, group in due.items():
         _update(params, group)
     return results
@@ -55,7 +54,7 @@ def _update(params: AdamParams, group: Sequence[tuple[Adapter, Tensor]]) -> None
         [adapter.exp_avg_P for adapter, _ in group],
         [adapter.exp_avg_sq_P for adapter, _ in group],
         [],
-        [torch.tensor(float(adapter.step), device=adapter.params_P.device) for adapter, _ in group],
+        [torch.tensor(float(adapter.step + 1), device=adapter.params_P.device) for adapter, _ in group],
         lr=params.learning_rate,
         beta1=params.beta1,
         beta2=params.beta2,
@@ -65,6 +64,7 @@ def _update(params: AdamParams, group: Sequence[tuple[Adapter, Tensor]]) -> None
         maximize=False,
     )
     for adapter, _ in group:
+        adapter.step += 1
         adapter.mark_updated()
 
 
