@@ -24,6 +24,7 @@ from bench import baselines, ours
 from bench.measure import ENGINE_ENVIRONMENT, Compute, Figures, Measured, Variant, measure
 from bench.report import Judged, arguments, judged_table, publish, table
 from bench.workloads import BaseModel, Sampling, Text, Training, equal
+from tuft.engine.adapters import Adapters
 from tuft.engine.base import Command, CreateAdapter, OptimStep, RunLoss
 from tuft.engine.executor import Executor
 from tuft.engine.loaded import LoadedModel
@@ -44,7 +45,7 @@ class InThread:
         self._inbox: SimpleQueue[Batch] = SimpleQueue()
         self._futures: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
-        executor = Executor([model], self._inbox, self._settle, ours.SETTINGS.micro_batch_tokens)
+        executor = Executor(Adapters([model]), self._inbox, self._settle, ours.SETTINGS.micro_batch_tokens)
         threading.Thread(target=executor.run, name="executor", daemon=True).start()
 
     def submit(self, commands: Sequence[Command]) -> list[Future[Any]]:

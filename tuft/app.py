@@ -71,7 +71,9 @@ def model_sources(config: Config) -> list[BaseModelSource]:
 def start_engine(config: Config) -> EngineProcess:
     """The engine's process, loading; ``wait_ready`` tells when it can compute."""
     kernel_cache = str(config.home / "kernels") if config.engine.compiled_kernels else None
-    settings = EngineSettings(**config.engine.model_dump(exclude={"compiled_kernels"}), kernel_cache=kernel_cache)
+    options = config.engine.model_dump(exclude={"compiled_kernels", "micro_batch_tokens"})
+    pass_tokens = config.engine.micro_batch_tokens or 0
+    settings = EngineSettings(**options, micro_batch_tokens=pass_tokens, kernel_cache=kernel_cache)
     engine = EngineProcess(model_sources(config), settings)
     engine.start()
     return engine

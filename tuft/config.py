@@ -52,8 +52,8 @@ class EngineSection(_Section):
     """How the engine computes."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    micro_batch_tokens: int = Field(
-        1024, ge=64, description="most tokens of one forward and backward pass; a GPU wants 8192 or more"
+    micro_batch_tokens: int | None = Field(
+        None, ge=64, description="most tokens of one forward and backward pass; default: 1024 on a CPU, 8192 on a GPU"
     )
     kv_cache_tokens: int = Field(
         65_536, ge=256, description="tokens that all sequences being sampled may hold together"
@@ -66,6 +66,12 @@ class EngineSection(_Section):
         True,
         description="CPU kernels compiled by numba at first start, while torch's operators compute, and kept in the "
         "home; false: torch's operators only",
+    )
+    adapter_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GPU memory for adapters and their optimizer state; those used longest ago wait in the host's "
+        "memory; default: what the memory plan leaves free",
     )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
 

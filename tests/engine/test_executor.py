@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models.tiny import make_tiny_model
+from tuft.engine.adapters import Adapters
 from tuft.engine.base import (
     BaseModelSource,
     Command,
@@ -63,7 +64,7 @@ def replies(models: Sequence[LoadedModel], *batches: Sequence[Command]) -> list[
             raise _Answered
 
     with pytest.raises(_Answered):
-        Executor(models, inbox, send, PASS).run()
+        Executor(Adapters(models), inbox, send, PASS).run()
     return said
 
 

@@ -12,8 +12,8 @@ from tests.engine.reference import random_adapter_state, random_data, relative_e
 from tests.engine.test_trainer import cross_entropy, gradients_of, load_adapter, run_one, tiny_decoder
 from tuft.engine.packing import pack
 from tuft.engine.trainer import Trainer
+from tuft.models.branches import Branch
 from tuft.models.decoder import Precision
-from tuft.models.packed import Branch
 from tuft.types import Datum, Float32Array, LoraSpec
 
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.engine.reference import CPU
 from tests.engine.test_kv_pages import CONFIG, make_pages
 from tests.models.operators import COMPILED, EAGER, each_ops
 from tuft.engine.kv_pages import KvPages, num_pages_of
 from tuft.engine.step_attention import ChunkRows, StepAttention
+from tuft.models.branches import Branch
 from tuft.models.ops import Ops
-from tuft.models.packed import Branch, packed_attention
+from tuft.models.packed import TiledPackedAttention
 from tuft.models.paged_attention import PageTables
 
 LAYER = 1
@@ -78,7 +78,7 @@ def test_by_kernels_chunks_have_the_bits_of_the_trainers_rows() -> None:
     pages = make_pages(40)
     prompt = Prompt(pages, [128, 128, 40], seed=1)
     out = torch.cat([contexts(pages, [(prompt, index)], COMPILED)[0] for index in range(3)])
-    trained = packed_attention([Branch(0, 296)], CPU, COMPILED.attention).attend(LAYER, *prompt.qkv)
+    trained = TiledPackedAttention([Branch(0, 296)], COMPILED.attention).attend(LAYER, *prompt.qkv)
     assert torch.equal(out, trained)
 
 

@@ -22,7 +22,7 @@ from tests.engine.reference import (
     smollm2_transformers,
     smollm2_weights,
 )
-from tests.models.operators import EAGER, each_ops
+from tests.models.operators import EAGER, every_ops
 from tests.models.tiny import TINY_KINDS, VOCAB_SIZE, TinyKind, make_tiny_model
 from tuft.engine.base import RunLoss
 from tuft.engine.losses import LOSSES, Loss, LossRecord, LossTerms
@@ -132,7 +132,7 @@ def random_tiny_data(seed: int) -> tuple[Datum, ...]:
     return random_data(VOCAB_SIZE, (5, 9, 1, 33, 9, 40), seed)
 
 
-@each_ops
+@every_ops
 @pytest.mark.parametrize("train_unembed", [True, False])
 @pytest.mark.parametrize("kind", TINY_KINDS)
 def test_every_architecture_trains_as_under_transformers_and_peft(
@@ -141,7 +141,7 @@ def test_every_architecture_trains_as_under_transformers_and_peft(
     directory = make_tiny_model(kind, tmp_path)
     decoder = Decoder(load_weights(str(directory)), "float32", CPU, ops)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    state = random_adapter_state(decoder.config, LoraSpec(rank=4, seed=1, train_unembed=train_unembed))
+    state = random_adapter_state(decoder.config, LoraSpec(rank=8, seed=1, train_unembed=train_unembed))
     assert_trains_like_peft(decoder, base, state, random_tiny_data)
 
 
@@ -155,7 +155,7 @@ def test_only_the_chosen_linears_are_trained(train_attn: bool, train_mlp: bool, 
 
 
 @pytest.mark.slow
-@each_ops
+@every_ops
 @pytest.mark.parametrize("train_unembed", [True, False])
 def test_the_embedded_model_trains_as_under_transformers_and_peft(train_unembed: bool, ops: Ops) -> None:
     decoder = Decoder(smollm2_weights(), "float32", CPU, ops)
@@ -205,7 +205,7 @@ def neighbour(decoder: Decoder, number: int) -> tuple[RunLoss, AdapterState]:
 @pytest.mark.parametrize("num_neighbours", [1, 3, 7])
 @pytest.mark.parametrize("lengths", [MIXED_LENGTHS, (1,), (2, 3)], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@each_ops
+@every_ops
 def test_fused_equals_alone_bit_for_bit(
     ops: Ops, precision: Precision, lengths: tuple[int, ...], num_neighbours: int
 ) -> None:
@@ -214,7 +214,7 @@ def test_fused_equals_alone_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@each_ops
+@every_ops
 def test_fused_equals_alone_bit_for_bit_with_the_embedded_model(ops: Ops, precision: Precision) -> None:
     assert_fused_equals_alone(Decoder(smollm2_weights(), precision, CPU, ops), (100, 3, 64, 1, 17), num_neighbours=4)
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from tests.engine.reference import CPU
 from tests.models.operators import COMPILED
 from tuft.models.block_attention import kernel_attention
-from tuft.models.packed import Branch, PackedAttention, packed_attention
+from tuft.models.branches import Branch
+from tuft.models.flash_attention import FlashPackedAttention
+from tuft.models.packed import PackedAttention, TiledPackedAttention
 
 H, G, d = 6, 2, 32
 LONG_PREFIX = [
@@ -56,7 +58,11 @@ def by_blocks(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: T
 
 
 def by_tiles(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-    return packed_attention(branches, CPU, COMPILED.attention).attend(0, q_THd, k_TGd, v_TGd)
+    return TiledPackedAttention(branches, COMPILED.attention).attend(0, q_THd, k_TGd, v_TGd)
+
+
+def by_flash(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    return FlashPackedAttention(branches, CPU).attend(0, q_THd, k_TGd, v_TGd)
 
 
 def by_kernels(branches: Sequence[Branch], q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ def with_gradients(
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
-@pytest.mark.parametrize("attention", [by_blocks, by_tiles, by_kernels])
+@pytest.mark.parametrize("attention", [by_blocks, by_tiles, by_flash, by_kernels])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_a_branch_attends_to_its_prefix_and_itself(
@@ -89,7 +95,7 @@ def test_a_branch_attends_to_its_prefix_and_itself(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("attention", [by_blocks, by_tiles])
+@pytest.mark.parametrize("attention", [by_blocks, by_tiles, by_flash])
 def test_a_tree_is_bit_equal_beside_others(attention: Callable[..., Tensor], tree: str, dtype: torch.dtype) -> None:
     def moved(branch: Branch, by: int) -> Branch:
         prefix = tuple((start + by, stop + by) for start, stop in branch.prefix)

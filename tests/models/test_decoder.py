@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import CPU, random_adapter_state, smollm2_transformers, smollm2_weights
 from tests.models.tiny import TINY_KINDS, VOCAB_SIZE, TinyKind, make_tiny_model
+from tuft.models.branches import Branch
 from tuft.models.decoder import Decoder
 from tuft.models.load import load_weights
 from tuft.models.lora import Adapter, Segment
-from tuft.models.packed import Branch, PackedAttention
+from tuft.models.packed import PackedAttention
 from tuft.types import LoraSpec
 
 

@@ -54,7 +54,7 @@ def every_row_once(num_rows: int) -> Targets:
 
 def test_logprobs_and_gradients_are_those_of_the_definition() -> None:
     """Two adapters and rows of the base model between them, several targets a row, chunks cut within segments."""
-    num_rows = 2 * MAX_CHUNK_ROWS + 50
+    num_rows = 2 * MAX_CHUNK_ROWS["cpu"] + 50
     x_TD = hidden(num_rows, torch.float32)
     rng = np.random.default_rng(1)
     rows_M = np.sort(rng.integers(0, num_rows, 3 * num_rows))

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tests.engine.reference import CPU
 from tuft.models.compiled_lora import CompiledLora
+from tuft.models.grouped_lora import GroupedLora
 from tuft.models.lora import Adapter, LoraViews, Segment
 from tuft.models.lora_linear import LoraProducts
 from tuft.models.segments import LoraKernels
 from tuft.types import LoraSpec
 
-KERNELS: dict[str, LoraKernels | None] = {"torch": None, "kernels": CompiledLora()}
+KERNELS: dict[str, LoraKernels | None] = {"torch": None, "kernels": CompiledLora(), "grouped": GroupedLora()}
 KEYS = ("0.qkv", "0.o", "0.gate_up", "0.down")
 
 
@@ -79,13 +80,20 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)], ids=str)
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("sizes", [(64, 32, 96), (40, 20, 37)], ids=str)
+@pytest.mark.parametrize("ranks", [(4, 4, 7, 1), (8, 8, 24, 16)], ids=str)
 def test_every_segment_has_the_product_of_its_adapter(
-    sizes: tuple[int, int, int], key: str, dtype: torch.dtype, tolerance: float, kernels: str
+    ranks: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    key: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    kernels: str,
 ) -> None:
-    """Rows without a segment, ranks that are no multiples of anything, one adapter that does not train the MLP."""
+    """Rows without a segment, neighbours that are alike, one adapter that does not train the MLP."""
     shapes = linear_shapes(*sizes)
-    adapters = [new_adapter(shapes, 4, 1), new_adapter(shapes, 7, 2, train_mlp=False), new_adapter(shapes, 1, 3)]
-    segments = [new_segment(a, *rows) for a, rows in zip(adapters, ((0, 33), (33, 50), (60, 61)), strict=True)]
+    adapters = [new_adapter(shapes, rank, rank + n, train_mlp=n != 2) for n, rank in enumerate(ranks)]
+    bounds = ((0, 20), (20, 33), (33, 50), (60, 61))
+    segments = [new_segment(a, *rows) for a, rows in zip(adapters, bounds, strict=True)]
     x_TK, y_TN, dy_TN = inputs_of(shapes, key, 70, dtype)
     out_TN, dx_TK = run(KERNELS[kernels], segments, key, (x_TK, y_TN, dy_TN))
 
@@ -116,7 +124,7 @@ def test_every_segment_has_the_product_of_its_adapter(
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 16, 17, 64, 150])
 def test_a_segment_is_bit_equal_beside_others(num_rows: int, dtype: torch.dtype, kernels: str) -> None:
     shapes = linear_shapes(576, 192, 1536)
-    mine, others = new_adapter(shapes, 8, 1), [new_adapter(shapes, rank, rank) for rank in (3, 20)]
+    mine, others = new_adapter(shapes, 8, 1), [new_adapter(shapes, rank, rank) for rank in (8, 20)]
     for key in KEYS:
         inputs = inputs_of(shapes, key, num_rows + 50, dtype)
         rows = slice(13, 13 + num_rows)
@@ -132,7 +140,7 @@ def test_a_segment_is_bit_equal_beside_others(num_rows: int, dtype: torch.dtype,
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", ["torch", "kernels"])  # grouped products hold it for whole segments only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 7, 9, 11, 12, 33])
 def test_a_row_of_a_lora_product_does_not_depend_on_the_other_rows(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.engine.reference import CPU
-from tuft.models.packed import Branch, PackedAttention
+from tuft.models.branches import Branch
+from tuft.models.packed import PackedAttention
 
 H, G, d = 6, 2, 32
 LENGTHS = (5, 40, 1, 17, 40, 5, 2, 600, 129, 600)

@@ -64,7 +64,7 @@ def test_every_shape_attends_as_the_definition_says(
     actual, expected = attend(inputs, dout, lengths), definition(inputs, dout, lengths)
     size = max(float(x.norm()) for x in expected)  # one position's dq and dk are zero
     for ours, exact in zip(actual, expected, strict=True):
-        assert (ours.double() - exact).norm() <= MAX_ERROR[dtype] * max(float(exact.norm()), 0.1 * size)
+        assert (ours.double() - exact).norm() <= MAX_ERROR[dtype] * max(float(exact.norm()), 0.2 * size)
 
 
 @each_dtype

@@ -26,6 +26,7 @@ class Mailbox:
     """An ``Engine`` whose replies are given by hand."""
 
     base_models: Sequence[BaseModelInfo] = ()
+    pass_tokens = PASS
 
     def __init__(self) -> None:
         self.generation = 1
@@ -63,7 +64,7 @@ class Rig:
     def __init__(self) -> None:
         self.mailbox = Mailbox()
         self.futures = Futures(read_retention_s=60, unread_retention_s=60, max_pending_per_tenant=100)
-        self.scheduler = Scheduler(self.mailbox, self.futures, pass_tokens=PASS, seq_gap_timeout_s=60)
+        self.scheduler = Scheduler(self.mailbox, self.futures, seq_gap_timeout_s=60)
         self._seqs: dict[str, int] = {}
 
     def run(self, name: str) -> Run:

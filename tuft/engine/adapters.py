@@ -1,4 +1,7 @@
-"""The adapters of an engine process, by their ids. They are this process's own: they end with it."""
+"""The adapters of an engine process, by their ids. They are this process's own: they end with it.
+
+Whatever is asked for is on its device when it is given out, and stays there until the next turn begins.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 from tuft.engine.base import CopyAdapter, CreateAdapter, DropAdapter, ExportAdapter, LoadAdapter
 from tuft.engine.loaded import LoadedModel
+from tuft.engine.paging import Pager
 from tuft.errors import EngineError, InvalidInput
 from tuft.models.lora import Adapter
 from tuft.types import AdapterState
@@ -21,11 +25,19 @@ class LoadedAdapter:
 
 
 class Adapters:
-    """Adapters of all base models, which are known by their names and aliases."""
+    """Adapters of all base models, which are known by their names and aliases. ``max_bytes`` bounds what
+    they hold on their device (``Pager``); None is no bound."""
 
-    def __init__(self, models: Sequence[LoadedModel]) -> None:
+    def __init__(self, models: Sequence[LoadedModel], max_bytes: int | None = None) -> None:
+        self.models = models
+        self._pager = None if max_bytes is None else Pager(models[0].decoder.device, max_bytes)
+        self._of_turn: set[Adapter] = set()
         self._models = {name: model for model in models for name in (model.info.name, *model.info.aliases)}
         self._adapters: dict[str, LoadedAdapter] = {}
+
+    def begin_turn(self) -> None:
+        """What was given out before may leave its device, but for what samples are decoded with."""
+        self._of_turn.clear()
 
     def execute(self, command: AdapterCommand) -> AdapterState | None:
         """Make, change or give out an adapter. Raises TuftError."""
@@ -59,6 +71,7 @@ class Adapters:
         loaded = self._adapters.get(adapter_id)
         if loaded is None:
             raise EngineError(f"adapter {adapter_id!r} is not loaded in this engine process")
+        self._fetch(loaded.adapter)
         return loaded
 
     def trainable(self, adapter_id: str) -> Adapter:
@@ -79,9 +92,18 @@ class Adapters:
     def _keep(self, adapter_id: str, loaded: LoadedAdapter) -> None:
         self._drop(adapter_id)
         self._adapters[adapter_id] = loaded
+        self._fetch(loaded.adapter)
 
     def _drop(self, adapter_id: str) -> None:
         """Sequences that decode with it keep it until they end."""
         dropped = self._adapters.pop(adapter_id, None)
         if dropped is not None:
             dropped.model.trainer.forget(adapter_id)
+            if self._pager is not None:
+                self._pager.forget(dropped.adapter)
+
+    def _fetch(self, adapter: Adapter) -> None:
+        if self._pager is None:
+            return
+        self._of_turn.add(adapter)
+        self._pager.fetch(adapter, self._of_turn.union(*(model.sampler.adapters for model in self.models)))

@@ -30,8 +30,9 @@ class BaseModelSource:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """``micro_batch_tokens`` bounds the tokens of one forward and backward; ``kv_cache_tokens`` what all sequences
-    being sampled may hold together. ``num_threads`` 0 leaves torch's own choice. ``kernel_cache``: directory where
+    """``micro_batch_tokens`` bounds the tokens of one forward and backward (0: what suits the device);
+    ``kv_cache_tokens`` what all sequences being sampled may hold together. ``adapter_memory_gib`` bounds what adapters
+    hold of a GPU's memory (None: what is left). ``num_threads`` 0 leaves torch's own choice. ``kernel_cache``: where
     compiled CPU kernels are kept; None computes with torch's own operators. ``packed_decode``: keep weights a second
     time, for products of few rows."""
 
@@ -41,6 +42,7 @@ class EngineSettings:
     kv_cache_tokens: int = 65_536
     max_decode_rows: int = 32
     packed_decode: bool = True
+    adapter_memory_gib: float | None = None
     num_threads: int = 0
 
 
@@ -176,6 +178,11 @@ class Engine(Protocol):
     @property
     def base_models(self) -> Sequence[BaseModelInfo]:
         """Models that are loaded and can compute; empty until the engine is ready."""
+        ...
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most rows of one pass, once ``base_models`` are loaded."""
         ...
 
     @property

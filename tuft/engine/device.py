@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
+from tuft.engine.base import EngineSettings
 from tuft.errors import ConfigError
 from tuft.models.decoder import Precision
 
@@ -17,6 +19,9 @@ _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _TOP_PAD_BYTES = 64 * 2**20
+
+_PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""A CPU gains nothing from larger passes; a GPU's products are fast from some thousand rows on."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -33,6 +38,18 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= num_cuda:
         raise ConfigError(f"engine.device: got {wanted!r}; this machine has {num_cuda} CUDA devices")
     return device
+
+
+def settled(settings: EngineSettings) -> EngineSettings:
+    """``settings`` with what suits the device where they leave it open. Raises ConfigError if they cannot be honoured
+    on it."""
+    device = choose_device(settings.device)
+    if settings.adapter_memory_gib is not None and device.type == "cpu":
+        raise ConfigError(
+            f"engine.adapter_memory_gib: got {settings.adapter_memory_gib:g}; needs a GPU: on a CPU adapters are "
+            "in the host's memory anyway"
+        )
+    return replace(settings, micro_batch_tokens=settings.micro_batch_tokens or _PASS_TOKENS[device.type])
 
 
 def choose_precision(wanted: Literal["auto", "bf16", "float32"], device: torch.device) -> Precision:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tuft.engine.sampling import Draw, draw_tokens
 from tuft.models.decoder import Decoder
-from tuft.models.decoding import DecodedRows, Draws, PackedAdapters
+from tuft.models.decoding import Draws, KernelRows, PackedAdapters
 from tuft.models.head import dot_products, exact_logits
 from tuft.models.lora import Adapter, Segment
+from tuft.models.transfer import to_device
 
 Drawn = tuple[list[int], list[float]]
 """Tokens and their logprobs."""
@@ -74,7 +75,7 @@ def _by_kernels(
     kernels = decoder.ops.decode
     assert kernels is not None
     lora = packed.tables(adapters)
-    logits_UV = decoder.logits(x_UD, (), DecodedRows(kernels, lora) if lora.max_rank else None)
+    logits_UV = decoder.logits(x_UD, (), KernelRows(kernels, lora) if lora.max_rank else None)
     wanted = Draws(
         torch.tensor(origins),
         torch.tensor([one.temperature for one in draws], dtype=torch.float32),
@@ -94,7 +95,7 @@ def _by_torch(
     draws: Sequence[Draw],
 ) -> Drawn:
     segments = segments_of(adapters)
-    origins_N = torch.tensor(origins, device=x_UD.device)
+    origins_N = to_device(origins, x_UD.device)
     none = origins_N[:0]
     logits_NV = exact_logits(decoder, x_UD, segments, none, none)
     if list(origins) != list(range(len(x_UD))):

@@ -40,15 +40,15 @@ class Executor:
 
     def __init__(
         self,
-        models: Sequence[LoadedModel],
+        adapters: Adapters,
         inbox: SimpleQueue[Batch],
         send: Callable[[Reply], None],
         pass_tokens: int,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self._between = between
-        self._adapters = Adapters(models)
-        self._samplers = [model.sampler for model in models]
+        self._adapters = adapters
+        self._samplers = [model.sampler for model in adapters.models]
         self._inbox = inbox
         self._send = send
         self._pass_tokens = pass_tokens
@@ -61,6 +61,7 @@ class Executor:
             self._between()
             if self._waiting:
                 self._pass_began = time.monotonic()
+                self._adapters.begin_turn()
                 self._compute(self._next())
                 self._sample_as_long()
             else:

@@ -22,11 +22,14 @@ def num_pages_of(num_tokens: int) -> int:
 
 
 class KvPages:
-    """The pool. ``pages``: keys ``[d, 16]`` and values ``[16, d]`` of each head, ``[P, layers, 2, G, 16 * d]``."""
+    """The pool. ``pages``: keys ``[d, 16]`` and values ``[16, d]`` of each head, ``[P, layers, 2, G, 16 * d]``.
+    ``blank`` is one more page, of finite numbers, that nobody owns: where tables are wider than a sequence is long."""
 
     def __init__(self, config: DecoderConfig, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         heads = (config.num_layers, 2, config.num_kv_heads)
-        self.pages = torch.empty(num_pages, *heads, PAGE_TOKENS * config.head_dim, dtype=dtype, device=device)
+        self.pages = torch.empty(num_pages + 1, *heads, PAGE_TOKENS * config.head_dim, dtype=dtype, device=device)
+        self.blank = num_pages
+        self.clear(self.blank)
         self._head_dim = config.head_dim
         self._free = list(range(num_pages))[::-1]
 

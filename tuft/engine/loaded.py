@@ -13,7 +13,8 @@ from tuft.engine.device import choose_device, choose_precision
 from tuft.engine.memory import memory_plan
 from tuft.engine.sampler import Sampler
 from tuft.engine.trainer import Trainer
-from tuft.models.decoder import Decoder
+from tuft.models.accelerated import AcceleratedOps
+from tuft.models.decoder import EAGER, Decoder
 from tuft.models.load import load_weights
 from tuft.models.tokenizer import load_tokenizer, write_tokenizer_files
 from tuft.types import BaseModelInfo
@@ -41,7 +42,7 @@ def _load_model(source: BaseModelSource, settings: EngineSettings, device: torch
     weights = load_weights(source.path, source.max_context_tokens)
     config = weights.config
     precision = choose_precision(source.precision, device)
-    decoder = Decoder(weights, precision, device)
+    decoder = Decoder(weights, precision, device, EAGER if device.type == "cpu" else AcceleratedOps())
     is_packed = settings.packed_decode and device.type == "cpu" and precision == "bf16"
     info = BaseModelInfo(
         name=source.name,

@@ -36,9 +36,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Child to parent, once: every base model is loaded."""
+    """Child to parent, once: every base model is loaded, and passes have at most so many rows."""
 
     base_models: tuple[BaseModelInfo, ...]
+    pass_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuft.models.block_attention import Span
-from tuft.models.packed import Branch
+from tuft.models.branches import Branch, Span
 from tuft.prefixes import shared_with_previous
 from tuft.types import Datum, Int64Array
 

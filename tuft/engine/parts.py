@@ -17,6 +17,7 @@ from tuft.engine.base import RunLoss
 from tuft.engine.losses import LOSSES, LossRecord, terms_and_gradient
 from tuft.errors import TuftError, UserError
 from tuft.models.lora import Adapter
+from tuft.models.transfer import to_device
 from tuft.types import Float32Array, Int64Array, LossResult
 
 
@@ -49,7 +50,7 @@ class PartInPass:
                     given = np.full(datum.loss_fn_inputs["target_tokens"].shape, value)
                 arrays.append(given.astype(np.float32).ravel())
             values_M = np.concatenate(arrays)[self._order_M]
-            inputs[name] = torch.from_numpy(values_M).to(self.adapter.params_P.device)
+            inputs[name] = to_device(values_M, self.adapter.params_P.device)
         return inputs
 
     def score(self, first: int, stop: int, logprobs_M: Tensor) -> Tensor | None:

@@ -27,23 +27,27 @@ def main() -> None:
     inbox: SimpleQueue[Batch] = SimpleQueue()
     threading.Thread(target=_read, args=(mailbox, inbox), name="engine-reader", daemon=True).start()
 
-    from tuft.engine.device import keep_freed_memory
-    from tuft.engine.executor import Executor  # torch: after the reader has begun to watch for the parent's end
+    # torch: after the reader has begun to watch for the parent's end
+    from tuft.engine.adapters import Adapters
+    from tuft.engine.device import keep_freed_memory, settled
+    from tuft.engine.executor import Executor
     from tuft.engine.failures import engine_error
     from tuft.engine.kernels import KernelUpgrade
     from tuft.engine.loaded import load_models
+    from tuft.engine.memory import adapter_memory
 
     try:
-        models = load_models(setup.sources, setup.settings)
+        settings = settled(setup.settings)
+        models = load_models(setup.sources, settings)
+        adapters = Adapters(models, adapter_memory([model.decoder for model in models], settings))
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent is told)
         mailbox.send(LoadFailed(engine_error(error, "loading the base models")))
         return
     keep_freed_memory()  # from here on: what loading needed goes back to the system
-    mailbox.send(Ready(tuple(model.info for model in models)))
-    settings = setup.settings
+    mailbox.send(Ready(tuple(model.info for model in models), settings.micro_batch_tokens))
     kernels = KernelUpgrade([model.decoder for model in models], settings.kernel_cache)
     try:
-        Executor(models, inbox, mailbox.send, settings.micro_batch_tokens, kernels.poll).run()
+        Executor(adapters, inbox, mailbox.send, settings.micro_batch_tokens, kernels.poll).run()
     except BrokenPipeError:
         return  # the parent is gone; the reader sees it too
 

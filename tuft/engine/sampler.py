@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tuft.engine.base import EngineSettings, Sample
 from tuft.engine.decode_batch import DecodeBatch
+from tuft.engine.decode_graphs import DecodeGraphs
 from tuft.engine.drawing import draw, segments_of
 from tuft.engine.failures import engine_error
 from tuft.engine.kv_pages import KvPages, num_pages_of
@@ -39,6 +40,7 @@ from tuft.models.decoder import Decoder
 from tuft.models.decoding import PackedAdapters
 from tuft.models.lora import Adapter, Segment
 from tuft.models.paged_attention import PAGE_TOKENS
+from tuft.models.transfer import to_device
 from tuft.types import SampledSequence, SampleResult
 
 Outcome = tuple[Hashable, SampleResult | TuftError]
@@ -83,9 +85,22 @@ class Sampler:
     def _cache(self) -> PrefixCache:
         return PrefixCache(self._pages)
 
+    @cached_property
+    def _graphs(self) -> DecodeGraphs | None:
+        return DecodeGraphs(self._decoder, self._pages) if DecodeGraphs.take(self._decoder) else None
+
+    @cached_property
+    def _no_batch(self) -> DecodeBatch:
+        return DecodeBatch((), self._pages, None, self._packed)
+
     @property
     def active(self) -> bool:
         return bool(self._waiting or self._admitted)
+
+    @property
+    def adapters(self) -> set[Adapter]:
+        """Those of all requests that are not over."""
+        return {request.adapter for request in (*self._waiting, *self._admitted) if request.adapter is not None}
 
     def add(self, key: Hashable, command: Sample, adapter: Adapter | None) -> None:
         """Queue ``command``; ``step`` will give back its outcome under ``key``.
@@ -143,6 +158,8 @@ class Sampler:
         """One pass: one token of every continuation and some chunks of prompts. Returns what ended."""
         if self._ops is not self._decoder.ops:  # its last digits may differ from those of what is known
             self._ops, self._batch = self._decoder.ops, None
+            if self._settings.packed_decode:
+                self._decoder.pack()
             self._cache.forget_all()
         self._admit()
         try:
@@ -264,6 +281,19 @@ class Sampler:
         return parts
 
     def _hidden(self, batch: DecodeBatch, parts: list[_PromptPart]) -> Tensor:
+        if self._graphs is not None and not parts:
+            return self._graphs.hidden(batch, self._cache)
+        if self._decoder.step is None:
+            return self._computed(batch, parts)
+        sources = []
+        if batch.continuations:  # always this way, whatever else the step has: their bits must not depend on it
+            sources.append(self._decoder.step.hidden(batch.tokens, batch.tables(self._cache), batch.lora))
+        if parts:
+            sources.append(self._computed(self._no_batch, parts))
+        return sources[0] if len(sources) == 1 else torch.cat(sources)
+
+    def _computed(self, batch: DecodeBatch, parts: list[_PromptPart]) -> Tensor:
+        """Operator by operator."""
         device, kernels = self._decoder.device, self._ops.decode
         tables = batch.tables(self._cache) if batch.continuations else None
         tokens, positions = batch.tokens, [one.length - 1 for one in batch.continuations]
@@ -277,8 +307,8 @@ class Sampler:
             pages = part.request.prompt_pages[: num_pages_of(part.stop)]
             chunks.append(ChunkRows(part.start, part.stop - part.start, pages))
         return self._decoder.hidden(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
+            to_device(tokens, device),
+            to_device(positions, device),
             StepAttention(self._pages, tables, kernels, chunks, self._ops.attention),
             segments,
             batch.decoded,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tuft.errors import InvalidInput
 from tuft.models.head import softmax
+from tuft.models.transfer import to_device
 from tuft.types import SamplingParams
 
 _UINT64 = 2**64 - 1
@@ -73,8 +74,8 @@ def _choose(scaled_NV: Tensor, probs_NV: Tensor, draws: Sequence[Draw]) -> Tenso
     tokens_N = scaled_NV.argmax(dim=-1)
     plain = [n for n, draw in enumerate(draws) if draw.temperature > 0 and not draw.is_truncated]
     if plain:
-        rows_M = torch.tensor(plain, device=probs_NV.device)
-        uniforms_M = torch.tensor([draws[n].uniform for n in plain], dtype=torch.float64, device=probs_NV.device)
+        rows_M = to_device(plain, probs_NV.device)
+        uniforms_M = to_device([draws[n].uniform for n in plain], probs_NV.device, torch.float64)
         tokens_N[rows_M] = _inverse_cdf(probs_NV[rows_M], uniforms_M)
     for n, draw in enumerate(draws):
         if draw.temperature > 0 and draw.is_truncated:

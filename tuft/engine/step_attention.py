@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from tuft.engine.kv_pages import KvPages, num_pages_of, page_rows
-from tuft.models.block_attention import BlockAttention, BlockGroup, Span, kernel_attention
+from tuft.models.block_attention import BlockAttention, BlockGroup, kernel_attention
+from tuft.models.branches import Span, rows_of
 from tuft.models.decoding import DecodeKernels
 from tuft.models.paged_attention import PAGE_TOKENS, PageTables, paged_attention
 from tuft.models.tiled_attention import AttentionKernels, TileTables
+from tuft.models.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,8 @@ class _ChunkAttention:
         device = pages.pages.device
         lengths = [chunk.num_rows for chunk in chunks]
         own = [page for chunk in chunks for page in chunk.pages[-num_pages_of(chunk.num_rows) :]]
-        self._own_P = torch.tensor(own, device=device)
-        self._page_rows = torch.tensor(page_rows(lengths), device=device)
+        self._own_P = to_device(own, device, torch.int64)
+        self._page_rows = to_device(page_rows(lengths), device)
         num_rows = sum(lengths)
         seen: list[tuple[Span, ...]] = []  # keys: rows of the step, then positions read
         earlier: list[int] = []
@@ -79,7 +81,7 @@ class _ChunkAttention:
                 spans = ((first, first + chunk.start), *spans)
                 earlier += chunk.pages[: num_pages_of(chunk.start)]
             seen.append(spans)
-        self._earlier_P = torch.tensor(earlier, device=device)
+        self._earlier_P = to_device(earlier, device, torch.int64)
         self._kernels = kernels
         if kernels is not None:
             self._tables = TileTables.of(seen)
@@ -105,16 +107,9 @@ class _ChunkAttention:
 def _group(key_spans: Sequence[tuple[Span, ...]], length: int, device: torch.device) -> BlockGroup:
     """Chunks of one length and place."""
     return BlockGroup(
-        rows=_rows([spans[-1:] for spans in key_spans], device),
-        keys=_rows(key_spans, device),
+        rows=rows_of([spans[-1] for spans in key_spans], device),
+        keys=rows_of([span for spans in key_spans for span in spans], device),
         key_spans=tuple(key_spans),
         mask_LL=torch.full((length, length), -torch.inf, device=device).triu_(1),
         is_causal=len(key_spans[0]) == 1,
     )
-
-
-def _rows(key_spans: Sequence[tuple[Span, ...]], device: torch.device) -> Tensor | Span:
-    spans = [span for spans in key_spans for span in spans]
-    if all(before[1] == after[0] for before, after in pairwise(spans)):
-        return spans[0][0], spans[-1][1]
-    return torch.cat([torch.arange(*span, device=device) for span in spans])

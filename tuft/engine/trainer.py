@@ -22,6 +22,7 @@ from tuft.models.decoder import Decoder
 from tuft.models.head import LossGradient, Targets, score
 from tuft.models.lora import Adapter, Segment
 from tuft.models.packed import packed_attention
+from tuft.models.transfer import to_device
 from tuft.types import LossResult
 
 
@@ -57,6 +58,8 @@ class Trainer:
                 yield index, self._fail(part, error)
             else:
                 waiting[part.backward].append(index)
+        for indices in waiting.values():  # adapters that are alike stand together: some operators take them together
+            indices.sort(key=lambda index: adapters[parts[index].adapter_id].kind)
         passes = deque(indices for indices in waiting.values() if indices)
         num_passes = 0
         while passes:
@@ -113,9 +116,11 @@ class Trainer:
             Segment(part.adapter, start, stop, part.gradients)
             for part, (start, stop) in zip(computed, packed.row_bounds, strict=True)
         ]
-        tokens_T = torch.as_tensor(packed.tokens_T, device=device)
-        positions_T = torch.as_tensor(packed.positions_T, device=device)
-        attention = packed_attention(packed.branches, device, self.decoder.ops.attention)
+        tokens_T = to_device(packed.tokens_T, device)
+        positions_T = to_device(packed.positions_T, device)
+        attention = packed_attention(
+            packed.branches, self.decoder.ops, self.decoder.config.head_dim, self.decoder.dtype, device
+        )
         backward = parts[0].backward
         with torch.set_grad_enabled(backward):
             x_TD = self.decoder.hidden(

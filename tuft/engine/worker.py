@@ -50,6 +50,7 @@ class EngineProcess:
         self._outbox: SimpleQueue[Batch | None] = SimpleQueue()
         self._generation = 0
         self._base_models: tuple[BaseModelInfo, ...] = ()
+        self._pass_tokens = 0
         self._error: TuftError | None = None
         self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,6 +60,10 @@ class EngineProcess:
     @property
     def base_models(self) -> tuple[BaseModelInfo, ...]:
         return self._base_models
+
+    @property
+    def pass_tokens(self) -> int:
+        return self._pass_tokens
 
     @property
     def generation(self) -> int:
@@ -162,7 +167,7 @@ class EngineProcess:
     def _take(self, letter: object) -> None:
         with self._changed:
             if isinstance(letter, Ready):
-                self._base_models = letter.base_models
+                self._base_models, self._pass_tokens = letter.base_models, letter.pass_tokens
                 self._changed.notify_all()
             if not isinstance(letter, Reply):
                 return

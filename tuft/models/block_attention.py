@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Span = tuple[int, int]
-"""Rows ``start:stop``."""
+from tuft.models.branches import Rows, Span, put_rows, take_rows
 
 _MAX_KEPT_KEYS = 512
 """Probabilities over more keys are computed again in the backward: they would need more memory than all the rest."""
@@ -36,8 +35,8 @@ class BlockGroup:
     block. ``mask_LL`` is added to the scores of a block's own rows, which are its last keys. ``is_causal``: it sees
     itself alone, up to the diagonal."""
 
-    rows: Tensor | Span
-    keys: Tensor | Span
+    rows: Rows
+    keys: Rows
     key_spans: tuple[tuple[Span, ...], ...]
     mask_LL: Tensor
     is_causal: bool
@@ -64,7 +63,7 @@ class BlockAttention(torch.autograd.Function):
         for group in groups:
             q, k, v = _heads(group, q_THd, k_TGd, v_TGd)
             probs = _probs(q, k, group.mask_LL)
-            _put(out_THd, group.rows, _by_row(torch.bmm(probs, v), k_TGd.shape[1], group.num_rows))
+            put_rows(out_THd, group.rows, _by_row(torch.bmm(probs, v), k_TGd.shape[1], group.num_rows))
             kept.append(probs if group.num_keys <= _MAX_KEPT_KEYS else None)
         ctx.groups, ctx.is_tree = groups, is_tree
         ctx.save_for_backward(q_THd, k_TGd, v_TGd, *kept)
@@ -83,18 +82,18 @@ class BlockAttention(torch.autograd.Function):
         for group, probs in zip(ctx.groups, kept, strict=True):
             q, k, v = _heads(group, q_THd, k_TGd, v_TGd)
             probs = _probs(q, k, group.mask_LL) if probs is None else probs
-            dout = _by_kv_head(_take(dout_THd, group.rows), num_kv_heads, group.num_rows).to(q.dtype)
+            dout = _by_kv_head(take_rows(dout_THd, group.rows), num_kv_heads, group.num_rows).to(q.dtype)
             dprobs = torch.bmm(dout, v.transpose(1, 2))
             dscores = torch.ops.aten._softmax_backward_data.out(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
             dq = torch.bmm(dscores, k).mul_(scale)
-            _put(dq_THd, group.rows, _by_row(dq, num_kv_heads, group.num_rows))
+            put_rows(dq_THd, group.rows, _by_row(dq, num_kv_heads, group.num_rows))
             dk = _by_row(torch.bmm(dscores.transpose(1, 2), q).mul_(scale), num_kv_heads, group.num_keys)
             dv = _by_row(torch.bmm(probs.transpose(1, 2), dout), num_kv_heads, group.num_keys)
             for total_TGd, part in ((dk_TGd, dk), (dv_TGd, dv)):
                 if ctx.is_tree:
                     _add(total_TGd, group.key_spans, part)
                 else:
-                    _put(total_TGd, group.keys, part)
+                    put_rows(total_TGd, group.keys, part)
         return dq_THd, dk_TGd.to(k_TGd.dtype), dv_TGd.to(v_TGd.dtype), None, None
 
 
@@ -104,7 +103,7 @@ def kernel_attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, groups: Sequen
     for group in groups:
         num_blocks = len(group.key_spans)
         q_BHLd, k_BGNd, v_BGNd = (
-            _take(x, rows).unflatten(0, (num_blocks, -1)).transpose(1, 2)
+            take_rows(x, rows).unflatten(0, (num_blocks, -1)).transpose(1, 2)
             for x, rows in ((q_THd, group.rows), (k_TGd, group.keys), (v_TGd, group.keys))
         )
         mask_LN = None
@@ -113,7 +112,7 @@ def kernel_attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, groups: Sequen
         out_BHLd = F.scaled_dot_product_attention(
             q_BHLd, k_BGNd, v_BGNd, mask_LN, is_causal=group.is_causal, enable_gqa=True
         )
-        _put(out_THd, group.rows, out_BHLd.transpose(1, 2).flatten(0, 1))
+        put_rows(out_THd, group.rows, out_BHLd.transpose(1, 2).flatten(0, 1))
     return out_THd
 
 
@@ -121,8 +120,8 @@ def _heads(group: BlockGroup, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> tu
     """Queries ``[B * G, g * L, d]``, keys and values ``[B * G, N, d]``."""
     num_kv_heads = k_TGd.shape[1]
     dtype = torch.float32 if group.num_rows < _MIN_BF16_ROWS else q_THd.dtype
-    q = _by_kv_head(_take(q_THd, group.rows), num_kv_heads, group.num_rows).to(dtype)
-    k, v = (_by_kv_head(_take(x, group.keys), num_kv_heads, group.num_keys).to(dtype) for x in (k_TGd, v_TGd))
+    q = _by_kv_head(take_rows(q_THd, group.rows), num_kv_heads, group.num_rows).to(dtype)
+    k, v = (_by_kv_head(take_rows(x, group.keys), num_kv_heads, group.num_keys).to(dtype) for x in (k_TGd, v_TGd))
     return q, k, v
 
 
@@ -145,17 +144,6 @@ def _by_row(x: Tensor, num_kv_heads: int, length: int) -> Tensor:
     """The inverse of ``_by_kv_head``."""
     heads_BGgLd: Tensor = x.unflatten(0, (-1, num_kv_heads)).unflatten(2, (-1, length))
     return heads_BGgLd.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-
-
-def _take(x: Tensor, rows: Tensor | Span) -> Tensor:
-    return x.index_select(0, rows) if isinstance(rows, Tensor) else x[rows[0] : rows[1]]
-
-
-def _put(out: Tensor, rows: Tensor | Span, x: Tensor) -> None:
-    if isinstance(rows, Tensor):
-        out.index_copy_(0, rows, x.to(out.dtype))
-    else:
-        out[rows[0] : rows[1]] = x
 
 
 def _add(total: Tensor, key_spans: Sequence[Sequence[Span]], part: Tensor) -> None:

@@ -24,6 +24,7 @@ class CompiledOps:
         self.decode: DecodeKernels | None = CompiledDecode()
         self.attention: AttentionKernels | None = CompiledAttention()
         self.lora: LoraKernels | None = CompiledLora()
+        self.has_flash_attention = self.has_decode_graphs = False
 
     def add_rms_norm(
         self, residual_TD: Tensor | None, update_TD: Tensor, weight_D: Tensor, eps: float

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tuft.models.decoding import Draws, LoraTables
+from tuft.models.architecture import DecoderConfig
+from tuft.models.compiled_step import CompiledStep
+from tuft.models.decoding import Draws, LoraTables, StepWeights
 from tuft.models.kernels import draw, lora_rows, paged_attention
 from tuft.models.kernels.native import double_bits
 from tuft.models.kernels.vectors import LANES
@@ -19,6 +21,9 @@ class CompiledDecode:
 
     def __init__(self) -> None:
         self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def step(self, config: DecoderConfig, weights: StepWeights) -> CompiledStep | None:
+        return CompiledStep(config, weights) if CompiledStep.takes(config, weights.embed_VD.dtype) else None
 
     def attend(self, layer: int, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, tables: PageTables) -> Tensor:
         num_rows, num_heads, d = q_BHd.shape

@@ -1,11 +1,13 @@
 """``segments.LoraKernels`` over the compiled kernels. CPU only.
 
 Shape letters: ``T`` packed rows, ``K`` in_features, ``N`` out_features of a group's linears together, ``R`` LoRA rows
-of a group, ``L`` its linears, ``S`` segments.
+of a group, ``L`` its linears, ``S`` segments, ``J`` blocks of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 from tuft.models.kernels import lora_segments as kernels
 from tuft.models.kernels.native import SERIAL_ELEMENTS, Kernel
 from tuft.models.lora import Segment
-from tuft.models.segments import GroupTables, SegmentTables
 
 _F32_BYTES = 4
 _LINE_BYTES = 64
@@ -23,10 +24,60 @@ _MAX_BF16_WORK = 49_152
 """Rows times rank; beyond, torch's products are as fast."""
 
 
-class CompiledLora:
-    """bf16 and float32. The workspace is shared by all calls, which follow each other."""
+@dataclass(frozen=True, slots=True)
+class _GroupTables:
+    """One group of linears as kernels read it. ``sizes_L``: out_features of each linear. ``addresses_4S``: where A, B,
+    the gradients of A and those of B begin, for every segment; 0 where there are none."""
 
-    block_rows = kernels.BLOCK_ROWS
+    sizes_L: Tensor
+    addresses_4S: Tensor
+
+
+class _SegmentTables:
+    """Segments as kernels read them, made once a pass. ``blocks_J3``: segment, first row and number of rows of every
+    block of rows."""
+
+    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, block_rows: int) -> None:
+        self._segments = segments
+        self._dtype = dtype
+        self._groups: dict[str, _GroupTables | None] = {}
+        self.blocks_J3 = torch.tensor(
+            [
+                (number, row, min(block_rows, segment.stop - row))
+                for number, segment in enumerate(segments)
+                for row in range(segment.start, segment.stop, block_rows)
+            ]
+        )
+        self.bounds_S2 = torch.tensor([(segment.start, segment.stop) for segment in segments])
+        self.ranks_S = torch.tensor([segment.adapter.spec.rank for segment in segments])
+        self.scales_S = torch.tensor([segment.adapter.spec.scale for segment in segments], dtype=torch.float32)
+        self.max_rank = int(self.ranks_S.max())
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def group(self, key: str) -> _GroupTables | None:
+        """None if no adapter has it."""
+        if key not in self._groups:
+            self._groups[key] = self._tables(key)
+        return self._groups[key]
+
+    def _tables(self, key: str) -> _GroupTables | None:
+        sizes: list[int] = []
+        addresses = []
+        for segment in self._segments:
+            of_segment = [0, 0, 0, 0]
+            for first, views in ((0, segment.adapter.views(self._dtype)), (2, segment.gradients or {})):
+                if key in views:
+                    A_RK, Bs_Nr = views[key].A_RK, views[key].Bs_Nr
+                    of_segment[first : first + 2] = A_RK.data_ptr(), Bs_Nr[0].data_ptr()
+                    sizes = [B_Nr.shape[0] for B_Nr in Bs_Nr]
+            addresses.append(of_segment)
+        return _GroupTables(torch.tensor(sizes), torch.tensor(addresses).t().contiguous()) if sizes else None
+
+
+class CompiledLora:
+    """``segments.LoraKernels``, bf16 and float32. The workspace is shared by all calls, which follow each other."""
 
     def __init__(self) -> None:
         self._workspace = torch.empty(0, dtype=torch.uint8)
@@ -34,32 +85,56 @@ class CompiledLora:
     def takes(self, segment: Segment, dtype: torch.dtype) -> bool:
         return dtype == torch.float32 or (segment.stop - segment.start) * segment.adapter.spec.rank <= _MAX_BF16_WORK
 
-    def add(self, y_TN: Tensor, x_TK: Tensor, segments: SegmentTables, group: GroupTables) -> Tensor:
-        h_TR = x_TK.new_empty(len(x_TK), len(group.sizes_L) * segments.max_rank)
-        run = kernels.forward_bf16 if x_TK.dtype == torch.bfloat16 else kernels.forward_float32
-        self._run_rows(run, x_TK, y_TN, h_TR, x_TK.shape[1], segments, group)
-        return h_TR
+    def products(self, segments: Sequence[Segment], dtype: torch.dtype) -> CompiledProducts:
+        return CompiledProducts(_SegmentTables(segments, dtype, kernels.BLOCK_ROWS), self.reserved)
 
-    def backward(
-        self, dy_TN: Tensor, x_TK: Tensor, dx_TK: Tensor, segments: SegmentTables, group: GroupTables, h_TR: Tensor
-    ) -> None:
+    def reserved(self, bytes_per_thread: int) -> tuple[int, int]:
+        """Address and size of the memory of each thread of the team."""
+        bytes_per_thread = -(-bytes_per_thread // _LINE_BYTES) * _LINE_BYTES
+        needed = bytes_per_thread * torch.get_num_threads()
+        if len(self._workspace) < needed:
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+        return self._workspace.data_ptr(), bytes_per_thread
+
+
+class CompiledProducts:
+    """``segments.SegmentProducts``; ``h_TR``, which is kept, is undefined in rows of no segment."""
+
+    def __init__(self, tables: _SegmentTables, reserved: Callable[[int], tuple[int, int]]) -> None:
+        self._tables = tables
+        self._reserved = reserved
+
+    def add(self, y_TN: Tensor, x_TK: Tensor, key: str) -> list[Tensor]:
+        group = self._tables.group(key)
+        if group is None:
+            return []
+        h_TR = x_TK.new_empty(len(x_TK), len(group.sizes_L) * self._tables.max_rank)
+        run = kernels.forward_bf16 if x_TK.dtype == torch.bfloat16 else kernels.forward_float32
+        self._run_rows(run, x_TK, y_TN, h_TR, x_TK.shape[1], group)
+        return [h_TR]
+
+    def backward(self, dy_TN: Tensor, x_TK: Tensor, dx_TK: Tensor, key: str, kept: list[Tensor]) -> None:
+        group = self._tables.group(key)
+        if group is None:
+            return
+        (h_TR,) = kept
         in_features = x_TK.shape[1]
         is_bf16 = x_TK.dtype == torch.bfloat16
         dh_TR = torch.empty_like(h_TR)
         run = kernels.backward_bf16 if is_bf16 else kernels.backward_float32
-        self._run_rows(run, dy_TN, dx_TK, dh_TR, in_features, segments, group)
+        self._run_rows(run, dy_TN, dx_TK, dh_TR, in_features, group)
         add_gradients = kernels.gradients_bf16 if is_bf16 else kernels.gradients_float32
         pieces = _pieces(in_features, tuple(group.sizes_L.tolist()))
         add_gradients(
             SERIAL_ELEMENTS,
-            len(segments),
+            len(self._tables),
             len(pieces),
             in_features,
             len(group.sizes_L),
             group.sizes_L.data_ptr(),
             pieces.data_ptr(),
-            segments.bounds_S2.data_ptr(),
-            segments.ranks_S.data_ptr(),
+            self._tables.bounds_S2.data_ptr(),
+            self._tables.ranks_S.data_ptr(),
             group.addresses_4S[2].data_ptr(),
             group.addresses_4S[3].data_ptr(),
             x_TK.data_ptr(),
@@ -79,9 +154,9 @@ class CompiledLora:
         added_to: Tensor,
         h_TR: Tensor,
         in_features: int,
-        segments: SegmentTables,
-        group: GroupTables,
+        group: _GroupTables,
     ) -> None:
+        segments = self._tables
         run(
             SERIAL_ELEMENTS,
             len(segments.blocks_J3),
@@ -102,14 +177,6 @@ class CompiledLora:
             _step(h_TR),
             *self._reserved(_F32_BYTES * kernels.BLOCK_ROWS * h_TR.shape[1]),
         )
-
-    def _reserved(self, bytes_per_thread: int) -> tuple[int, int]:
-        """Address and size of the memory of each thread of the team."""
-        bytes_per_thread = -(-bytes_per_thread // _LINE_BYTES) * _LINE_BYTES
-        needed = bytes_per_thread * torch.get_num_threads()
-        if len(self._workspace) < needed:
-            self._workspace = torch.empty(needed, dtype=torch.uint8)
-        return self._workspace.data_ptr(), bytes_per_thread
 
 
 def _step(x: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tuft.models.architecture import DecoderConfig
-from tuft.models.decoding import DecodedRows
+from tuft.models.decoding import DecodedRows, DecodeStep, LayerWeights, StepWeights
 from tuft.models.functions import (
     MAX_PACKED_ROWS,
     add_rms_norm,
@@ -64,6 +64,10 @@ class _Layer:
     mlp_norm_D: Tensor
     head_norm_qd: Tensor | None
 
+    @property
+    def linears(self) -> tuple[_Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
@@ -78,7 +82,8 @@ class _Pass:
 
 class Decoder:
     """Frozen base weights on ``device``. ``bf16``: base and LoRA products in bf16; residual stream, norm statistics,
-    softmax and every accumulation in float32. ``float32``: everything. ``ops`` may be replaced between two passes."""
+    softmax and every accumulation in float32. ``float32``: everything. ``ops`` may be replaced between two passes.
+    ``step``: whole steps of decoding in one call, where ``pack`` has found a way."""
 
     def __init__(self, weights: LoadedWeights, precision: Precision, device: torch.device, ops: Ops = EAGER) -> None:
         self.ops = ops
@@ -90,7 +95,8 @@ class Decoder:
         self.embed_VD = tensors["model.embed_tokens.weight"].to(device, self.dtype)
         head = tensors.get("lm_head.weight")
         self.head_VD = self.embed_VD if head is None else head.to(device, self.dtype)
-        self._is_packed = False
+        self._packed_for: Ops | None = None
+        self.step: DecodeStep | None = None
         self._head = _Linear(self.head_VD)
         self._head.packed_NK = packed_weight(self.head_VD)
         self.final_norm_D = tensors["model.norm.weight"].to(device, torch.float32)
@@ -193,17 +199,31 @@ class Decoder:
             y_TN = base_product(x_TK, linear.weight_NK, linear.bias_N)
         lora.add(y_TN, x_TK, key)
         if decoded is not None:
-            decoded.kernels.add_lora(y_TN, x_TK, decoded.lora, key)
+            decoded.add(y_TN, x_TK, key)
         return y_TN
 
     def pack(self) -> None:
-        """Keep every linear's weight a second time, for products of few rows, where the device has such products."""
-        if self._is_packed:
+        """Keep every linear's weight a second time as decoding reads it fastest, where there is such a way. To be
+        called again once ``ops`` has been replaced."""
+        if self._packed_for is self.ops:
             return
-        self._is_packed = True
+        self._packed_for = self.ops
+        self.step = None if self.ops.decode is None else self.ops.decode.step(self.config, self._step_weights())
         for layer in self._layers:
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                linear.packed_NK = packed_weight(linear.weight_NK)
+            for linear in layer.linears:
+                linear.packed_NK = packed_weight(linear.weight_NK) if self.step is None else None
+
+    def _step_weights(self) -> StepWeights:
+        layers = [
+            LayerWeights(
+                [(linear.weight_NK, linear.bias_N) for linear in layer.linears],
+                layer.attention_norm_D,
+                layer.mlp_norm_D,
+                layer.head_norm_qd,
+            )
+            for layer in self._layers
+        ]
+        return StepWeights(self.embed_VD, layers, self.final_norm_D, self._cos_Cd, self._sin_Ch)
 
     def logits(self, x_ND: Tensor, segments: Sequence[Segment], decoded: DecodedRows | None = None) -> Tensor:
         """Logits ``[N, V]`` in the compute dtype, unembedding LoRA included; no gradients."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tuft.models.architecture import DecoderConfig
 from tuft.models.lora import LM_HEAD, Adapter, LoraLayout
 from tuft.models.paged_attention import PageTables
 from tuft.types import Int64Array, LoraSpec
@@ -34,8 +35,47 @@ class Draws:
     uniforms_N: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """``linears``: weight ``[N, K]`` and bias ``[N]`` of qkv, o, gate_up and down; norms in float32."""
+
+    linears: Sequence[tuple[Tensor, Tensor | None]]
+    attention_norm_D: Tensor
+    mlp_norm_D: Tensor
+    head_norm_qd: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """A decoder's frozen weights but for the head. ``cos_Cd`` and ``sin_Ch``: the rotation of every position."""
+
+    embed_VD: Tensor
+    layers: Sequence[LayerWeights]
+    final_norm_D: Tensor
+    cos_Cd: Tensor
+    sin_Ch: Tensor
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the linears."""
+        return sum(weight_NK.numel() for layer in self.layers for weight_NK, _ in layer.linears)
+
+
+class DecodeStep(Protocol):
+    """All layers of a step in one call."""
+
+    def hidden(self, tokens: Sequence[int], tables: PageTables, lora: LoraTables | None) -> Tensor:
+        """``x_BD`` after the final norm, having written the new positions' keys and values to their pages; a row's
+        bits depend on nothing but the row."""
+        ...
+
+
 class DecodeKernels(Protocol):
     """Kernels for rows of one token each; a row's bits depend on nothing but the row."""
+
+    def step(self, config: DecoderConfig, weights: StepWeights) -> DecodeStep | None:
+        """Whole steps of a decoder, for which its weights are kept a second time; None if its sizes do not allow."""
+        ...
 
     def attend(self, layer: int, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, tables: PageTables) -> Tensor:
         """As ``paged_attention``. Of each tensor the rows may lie apart."""
@@ -146,9 +186,20 @@ class LoraTables:
         return self._exact_head.data_ptr(), self._exact_head.data_ptr() + len(self.adapters) * 8
 
 
+class DecodedRows(Protocol):
+    """The first rows of a batch have each an adapter."""
+
+    def add(self, y_BN: Tensor, x_BK: Tensor, key: str) -> None:
+        """Every row's low-rank product at the group ``key``, added to ``y_BN`` in place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class DecodedRows:
-    """The first rows of a batch have each the adapter that ``lora`` says."""
+class KernelRows:
+    """``DecodedRows`` by kernels: the adapters that ``lora`` says."""
 
     kernels: DecodeKernels
     lora: LoraTables
+
+    def add(self, y_BN: Tensor, x_BK: Tensor, key: str) -> None:
+        self.kernels.add_lora(y_BN, x_BK, self.lora, key)

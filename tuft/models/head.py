@@ -23,10 +23,12 @@ from tuft.models.lora import LM_HEAD, Segment
 from tuft.models.lora_linear import lora_backward
 from tuft.models.ops import Pairs
 from tuft.models.segments import lora_rows
+from tuft.models.transfer import to_device
 from tuft.types import Int64Array
 
-MAX_CHUNK_ROWS = 128
-"""Rows of one chunk: enough to fill the product, few enough that their float32 logits stay small (25 MB at 49k)."""
+MAX_CHUNK_ROWS = {"cpu": 128, "cuda": 512}
+"""Rows of one chunk: enough to fill the product, few enough that their float32 logits stay small (25 MB at 128 rows and
+a vocabulary of 49k)."""
 
 LossGradient = Callable[[int, int, Tensor], Tensor | None]
 """``(first, stop, logprobs_M)`` of the pairs ``first:stop``, all of one segment, to dloss/dlogprob, or None."""
@@ -71,7 +73,7 @@ def score(
         torch.empty((len(x_TD), num_alternatives), device=x_TD.device) if num_alternatives else None,
     )
     with torch.no_grad():
-        for pieces in _chunks(len(x_TD), segments):
+        for pieces in _chunks(len(x_TD), segments, MAX_CHUNK_ROWS[x_TD.device.type]):
             _score_chunk(decoder, x_TD, pieces, targets, loss_gradient, scores)
     return scores
 
@@ -83,11 +85,11 @@ class _Piece:
     segment: Segment | None
 
 
-def _chunks(num_rows: int, segments: Sequence[Segment]) -> Iterator[list[_Piece]]:
-    """Consecutive pieces of at most ``MAX_CHUNK_ROWS`` rows together."""
+def _chunks(num_rows: int, segments: Sequence[Segment], max_rows: int) -> Iterator[list[_Piece]]:
+    """Consecutive pieces of at most ``max_rows`` rows together."""
     chunk: list[_Piece] = []
-    for piece in _pieces(num_rows, segments):
-        if chunk and piece.stop - chunk[0].start > MAX_CHUNK_ROWS:
+    for piece in _pieces(num_rows, segments, max_rows):
+        if chunk and piece.stop - chunk[0].start > max_rows:
             yield chunk
             chunk = []
         chunk.append(piece)
@@ -95,8 +97,8 @@ def _chunks(num_rows: int, segments: Sequence[Segment]) -> Iterator[list[_Piece]
         yield chunk
 
 
-def _pieces(num_rows: int, segments: Sequence[Segment]) -> Iterator[_Piece]:
-    """Every segment, and the rows between segments, cut every ``MAX_CHUNK_ROWS`` rows from its own start."""
+def _pieces(num_rows: int, segments: Sequence[Segment], max_rows: int) -> Iterator[_Piece]:
+    """Every segment, and the rows between segments, cut every ``max_rows`` rows from its own start."""
     spans: list[_Piece] = []
     row = 0
     for segment in segments:
@@ -104,8 +106,8 @@ def _pieces(num_rows: int, segments: Sequence[Segment]) -> Iterator[_Piece]:
         row = segment.stop
     spans.append(_Piece(row, num_rows, None))
     for span in spans:
-        for start in range(span.start, span.stop, MAX_CHUNK_ROWS):
-            yield _Piece(start, min(start + MAX_CHUNK_ROWS, span.stop), span.segment)
+        for start in range(span.start, span.stop, max_rows):
+            yield _Piece(start, min(start + max_rows, span.stop), span.segment)
 
 
 def _score_chunk(
@@ -120,8 +122,8 @@ def _score_chunk(
     x_ND = x_TD[start:stop]
     segments = [replace(p.segment, start=p.start - start, stop=p.stop - start) for p in pieces if p.segment is not None]
     first, last = np.searchsorted(targets.rows_M, (start, stop))
-    rows_M = torch.as_tensor(targets.rows_M[first:last] - start, device=x_TD.device)
-    tokens_M = torch.as_tensor(targets.tokens_M[first:last], device=x_TD.device)
+    rows_M = to_device(targets.rows_M[first:last] - start, x_TD.device)
+    tokens_M = to_device(targets.tokens_M[first:last], x_TD.device)
 
     logits_NV = decoder.logits(x_ND, segments)
     target_logits_M, exact = _exact_pairs(decoder, x_ND, segments, logits_NV, (rows_M, tokens_M))

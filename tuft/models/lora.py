@@ -11,9 +11,9 @@ in_features, ``N`` out_features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from tuft.types import AdapterState, Float32Array, LoraSpec
 
 PEFT_PREFIX = "base_model.model."
 LM_HEAD = "lm_head"
+
+_TRAINING_COPIES = 4
+"""The weights, their gradients and two moments."""
 
 _GROUPS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -40,6 +43,14 @@ class LoraGroup:
 
     A_RK: Tensor
     Bs_Nr: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StackedLora:
+    """One group's matrices of S adapters that are alike: ``A_SRK`` and one ``B_SrN`` for each linear."""
+
+    A_SRK: Tensor
+    Bs_SrN: tuple[Tensor, ...]
 
 
 LoraViews = Mapping[str, LoraGroup]
@@ -90,6 +101,7 @@ class LoraLayout:
                     self._place(group_key(layer, group), names, linear_shapes, spec.rank)
         if spec.train_unembed:
             self._place(LM_HEAD, [LM_HEAD], linear_shapes, spec.rank)
+        self._groups_by_key = {group.key: group for group in self.groups}
         if not self.groups:
             raise InvalidInput("lora_config", spec, "must train at least one of attention, MLP and unembedding")
 
@@ -116,6 +128,28 @@ class LoraLayout:
             A_RK = flat_P[first.start : last.stop].view(-1, first.shape[1])
             views[group.key] = LoraGroup(A_RK, tuple(B.of(flat_P) for B in group.Bs))
         return views
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """In_features and out_features of all linears but the unembedding, each number once."""
+        groups = [group for group in self.groups if group.key != LM_HEAD]
+        inner = {A.shape[1] for group in groups for A in group.As}
+        return tuple(inner | {B.shape[0] for group in groups for B in group.Bs})
+
+    def stacked(self, flat_SP: Tensor, key: str) -> StackedLora | None:
+        """The group ``key`` within the flat buffers of several adapters; None if they have no such group."""
+        group = self._groups_by_key.get(key)
+        if group is None:
+            return None
+        first, last = group.As[0], group.As[-1]
+        A_SRK = flat_SP[:, first.start : last.stop].unflatten(1, (-1, first.shape[1]))
+        Bs_SrN = []
+        for B in group.Bs:
+            B_S = flat_SP[:, B.start : B.stop]
+            Bs_SrN.append(
+                B_S.unflatten(1, B.shape[::-1]) if B.is_transposed else B_S.unflatten(1, B.shape).transpose(1, 2)
+            )
+        return StackedLora(A_SRK, tuple(Bs_SrN))
 
     def export(self, flat_P: Tensor) -> dict[str, Float32Array]:
         host_P = flat_P.cpu()
@@ -164,6 +198,7 @@ class Adapter:
         if trainable:
             self.exp_avg_P = torch.zeros_like(self.params_P)
             self.exp_avg_sq_P = torch.zeros_like(self.params_P)
+        self._params: dict[torch.dtype, Tensor] = {}
         self._views: dict[torch.dtype, LoraViews] = {}
 
     @classmethod
@@ -210,6 +245,7 @@ class Adapter:
         copy = Adapter.__new__(Adapter)
         copy.spec, copy.layout, copy.step, copy.trainable = self.spec, self.layout, self.step, False
         copy.params_P, copy.gradients_P, copy._views = self.params_P.clone(), None, {}
+        copy._params = {}
         return copy
 
     def state(self, with_optimizer: bool) -> AdapterState:
@@ -228,11 +264,47 @@ class Adapter:
             step=self.step,
         )
 
+    @property
+    def kind(self) -> tuple[int, bool, bool, bool]:
+        """Adapters of one kind have matrices of the same sizes in the same places."""
+        return self.spec.rank, self.spec.train_attn, self.spec.train_mlp, self.spec.train_unembed
+
+    def params(self, dtype: torch.dtype) -> Tensor:
+        """``params_P`` in ``dtype``: the master copy itself for float32, else a copy kept until ``mark_updated``."""
+        if dtype == torch.float32:
+            return self.params_P
+        if dtype not in self._params:
+            self._params[dtype] = self.params_P.to(dtype)
+        return self._params[dtype]
+
     def views(self, dtype: torch.dtype) -> LoraViews:
-        """The matrices in ``dtype``: the master copy itself for float32, else a copy kept until ``mark_updated``."""
+        """The matrices within ``params(dtype)``."""
         if dtype not in self._views:
-            self._views[dtype] = self.layout.views(self.params_P.to(dtype))
+            self._views[dtype] = self.layout.views(self.params(dtype))
         return self._views[dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """What training it needs of memory, gradients included; of frozen weights, they alone."""
+        return self.params_P.nbytes * (_TRAINING_COPIES if self.trainable else 1)
+
+    def move_to(self, device: torch.device) -> None:
+        """Nothing happens if it is there."""
+        if self.params_P.device != device:
+            self._move(lambda x: x.to(device, non_blocking=True))
+
+    def move_to_host(self) -> None:
+        """Into memory that a GPU reads by itself, where it was on a GPU."""
+        self._move(lambda x: x.cpu().pin_memory() if x.is_cuda else x.cpu())
+
+    def _move(self, moved: Callable[[Tensor], Tensor]) -> None:
+        self.params_P = moved(self.params_P)
+        if self.gradients_P is not None:
+            self.gradients_P = moved(self.gradients_P)
+        if self.trainable:
+            self.exp_avg_P, self.exp_avg_sq_P = moved(self.exp_avg_P), moved(self.exp_avg_sq_P)
+        self._params.clear()
+        self._views.clear()
 
     def add_gradients(self, gradients_P: Tensor) -> None:
         """The first after a step become the adapter's own buffer: whoever gives them keeps no hold of them."""
@@ -242,6 +314,7 @@ class Adapter:
             self.gradients_P.add_(gradients_P)
 
     def mark_updated(self) -> None:
+        self._params.clear()
         self._views = {dtype: views for dtype, views in self._views.items() if dtype == torch.float32}
 
 

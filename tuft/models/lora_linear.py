@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tuft.models.functions import MIN_ROWS, base_product, padded
 from tuft.models.lora import Segment
-from tuft.models.segments import LoraKernels, LoraRows, SegmentTables, lora_rows
+from tuft.models.segments import LoraKernels, LoraRows, lora_rows
 
 
 def add_lora(y_TN: Tensor, x_TK: Tensor, rows: Sequence[LoraRows]) -> list[Tensor]:
@@ -60,25 +60,21 @@ class LoraProducts:
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, kernels: LoraKernels | None) -> None:
         self._dtype = dtype
-        self._kernels = kernels
         taken = [segment for segment in segments if kernels is not None and kernels.takes(segment, dtype)]
         self._others = [segment for segment in segments if kernels is None or not kernels.takes(segment, dtype)]
-        self._tables = SegmentTables(taken, dtype, kernels.block_rows) if kernels is not None and taken else None
+        self._by_kernels = kernels.products(taken, dtype) if kernels is not None and taken else None
 
     def add(self, y_TN: Tensor, x_TK: Tensor, key: str) -> list[Tensor]:
         """Add the products of the group ``key`` to ``y_TN`` in place; returns what ``backward`` needs."""
         kept = add_lora(y_TN, x_TK, lora_rows(self._others, key, self._dtype))
-        group = self._tables.group(key) if self._tables is not None else None
-        if self._kernels is not None and self._tables is not None and group is not None:
-            kept.append(self._kernels.add(y_TN, x_TK, self._tables, group))
-        return kept
+        return kept if self._by_kernels is None else kept + self._by_kernels.add(y_TN, x_TK, key)
 
     def backward(self, dy_TN: Tensor, x_TK: Tensor, dx_TK: Tensor, key: str, kept: list[Tensor]) -> None:
         """Adds to the segments' gradient buffers, and to ``dx_TK`` in place."""
-        group = self._tables.group(key) if self._tables is not None else None
-        if self._kernels is not None and self._tables is not None and group is not None:
-            self._kernels.backward(dy_TN, x_TK, dx_TK, self._tables, group, kept.pop())
-        lora_backward(dy_TN, x_TK, dx_TK, lora_rows(self._others, key, self._dtype), kept)
+        rows = lora_rows(self._others, key, self._dtype)
+        if self._by_kernels is not None:
+            self._by_kernels.backward(dy_TN, x_TK, dx_TK, key, kept[len(rows) :])
+        lora_backward(dy_TN, x_TK, dx_TK, rows, kept[: len(rows)])
 
 
 class LoraLinear(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 Plain tensors in, tensors out, no autograd: ``functions`` and ``head`` pair forward and backward.
 ``EagerOps`` computes with torch's operators on any device; ``compiled.CompiledOps`` on a CPU with kernels that pass
-over memory once. Both give a row the same bits in whatever batch it stands.
+over memory once; ``accelerated.AcceleratedOps`` as suits a GPU. On a CPU all give a row the same bits in whatever
+batch it stands.
 
 Shape letters: ``T`` packed rows, ``N`` out_features, ``D`` residual channels, ``I`` MLP channels, ``H`` query heads,
 ``G`` key-value heads, ``d`` channels of a head, ``h`` = d / 2, ``q`` query and key heads; in the head ``N`` rows of a
@@ -49,6 +50,12 @@ class Ops(Protocol):
 
     attention: AttentionKernels | None
     """For packed sequences."""
+
+    has_flash_attention: bool
+    """Whether packed sequences attend by torch's flash kernels, where these take them."""
+
+    has_decode_graphs: bool
+    """Whether decode steps have fixed shapes, to be captured once and replayed."""
 
     def add_rms_norm(
         self, residual_TD: Tensor | None, update_TD: Tensor, weight_D: Tensor, eps: float
@@ -117,6 +124,8 @@ class EagerOps:
     decode: DecodeKernels | None = None
     attention: AttentionKernels | None = None
     lora: LoraKernels | None = None
+    has_flash_attention = False
+    has_decode_graphs = False
 
     def add_rms_norm(
         self, residual_TD: Tensor | None, update_TD: Tensor, weight_D: Tensor, eps: float

@@ -10,13 +10,15 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tuft.models.block_attention import BlockAttention, BlockGroup, Span, kernel_attention
+from tuft.models.block_attention import BlockAttention, BlockGroup, kernel_attention
+from tuft.models.branches import Branch, Span, rows_of
+from tuft.models.flash_attention import FlashPackedAttention, flash_takes
+from tuft.models.ops import Ops
 from tuft.models.tiled_attention import AttentionKernels, TiledAttention, TileTables
 
 _MAX_BLOCK_ROWS = 128
@@ -24,16 +26,6 @@ _MAX_BLOCK_ROWS = 128
 
 _ROW_MULTIPLE = 32
 """Products of such numbers of rows are the faster ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """The rows ``start:stop`` of one sequence. ``prefix``: earlier rows, in order of position, that it begins with and
-    shares with other sequences; none if the rows are the whole sequence."""
-
-    start: int
-    stop: int
-    prefix: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +81,14 @@ class TiledPackedAttention:
 
 
 def packed_attention(
-    branches: Sequence[Branch], device: torch.device, kernels: AttentionKernels | None
-) -> PackedAttention | TiledPackedAttention:
-    """By ``kernels`` if there are any, else by torch's operators."""
-    return PackedAttention(branches, device) if kernels is None else TiledPackedAttention(branches, kernels)
+    branches: Sequence[Branch], ops: Ops, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> PackedAttention | TiledPackedAttention | FlashPackedAttention:
+    """As ``ops`` does it best for ``dtype`` and ``head_dim``."""
+    if ops.attention is not None:
+        return TiledPackedAttention(branches, ops.attention)
+    if ops.has_flash_attention and flash_takes(dtype, head_dim, device):
+        return FlashPackedAttention(branches, device)
+    return PackedAttention(branches, device)
 
 
 def _pieces(branch: Branch, max_rows: int) -> list[_Block]:
@@ -129,18 +125,12 @@ def _group(blocks: Sequence[_Block], device: torch.device) -> BlockGroup:
     branch_L = np.repeat(np.arange(len(blocks[0].lengths)), blocks[0].lengths)
     is_visible_LL = (branch_L[:, None] == branch_L) & np.tri(len(branch_L), dtype=np.bool_)
     return BlockGroup(
-        rows=_rows(own, device),
-        keys=_rows([span for spans in key_spans for span in spans], device),
+        rows=rows_of(own, device),
+        keys=rows_of([span for spans in key_spans for span in spans], device),
         key_spans=key_spans,
         mask_LL=torch.as_tensor(np.where(is_visible_LL, np.float32(0), np.float32(-np.inf)), device=device),
         is_causal=not blocks[0].prefix and len(blocks[0].lengths) == 1,
     )
-
-
-def _rows(spans: Sequence[Span], device: torch.device) -> Tensor | Span:
-    if all(before[1] == after[0] for before, after in pairwise(spans)):
-        return spans[0][0], spans[-1][1]
-    return torch.as_tensor(np.concatenate([np.arange(start, stop) for start, stop in spans]), device=device)
 
 
 def _num_rows(spans: Sequence[Span]) -> int:

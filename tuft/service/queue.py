@@ -108,10 +108,10 @@ class _Lane:
 
 
 class OperationQueue:
-    """Lanes of all runs. ``pass_tokens`` bounds the rows of a pass."""
+    """Lanes of all runs. ``pass_tokens`` bounds the rows of a pass; it must be set before anything is queued."""
 
-    def __init__(self, pass_tokens: int) -> None:
-        self._pass_tokens = pass_tokens
+    def __init__(self, pass_tokens: int = 0) -> None:
+        self.pass_tokens = pass_tokens
         self._lanes: dict[str, _Lane] = {}
         self._arrivals = count()
         self._virtual_time = 0.0
@@ -140,7 +140,7 @@ class OperationQueue:
     def put(self, operation: Operation, now_s: float) -> None:
         """Queue it; early seqs are parked."""
         lane = self._lanes[operation.run_id]
-        lane.parked[operation.seq] = _Waiting(operation, deque(_parts(operation, self._pass_tokens)))
+        lane.parked[operation.seq] = _Waiting(operation, deque(_parts(operation, self.pass_tokens)))
         progressed = lane.admit_parked()
         self._release(lane)
         if not lane.parked:
@@ -157,7 +157,7 @@ class OperationQueue:
         heapq.heapify(heads)
         while heads:
             _, _, part, lane = heapq.heappop(heads)
-            if part.num_rows > free_rows and free_rows != self._pass_tokens:
+            if part.num_rows > free_rows and free_rows != self.pass_tokens:
                 break
             free_rows -= part.num_rows
             lane.start()

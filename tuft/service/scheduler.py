@@ -41,12 +41,11 @@ class _Pass:
 class Scheduler:
     """Owns the queue. Lives on one event loop; nothing here blocks it."""
 
-    def __init__(self, engine: Engine, futures: Futures, *, pass_tokens: int, seq_gap_timeout_s: float) -> None:
+    def __init__(self, engine: Engine, futures: Futures, seq_gap_timeout_s: float) -> None:
         self._engine = engine
         self._futures = futures
-        self._pass_tokens = pass_tokens
         self._seq_gap_timeout_s = seq_gap_timeout_s
-        self._queue = OperationQueue(pass_tokens)
+        self._queue = OperationQueue()
         self._future_of_seq: dict[tuple[str, int], str] = {}
         self._generation_of_run: dict[str, int] = {}
         self._passes: list[_Pass] = []
@@ -56,7 +55,8 @@ class Scheduler:
     # --- runs ---------------------------------------------------------------------------------------------------------
 
     def open(self, run: Run, first_seq: int) -> None:
-        """Accept operations of ``run`` from ``first_seq`` on."""
+        """Accept operations of ``run`` from ``first_seq`` on. The engine is ready."""
+        self._queue.pass_tokens = self._engine.pass_tokens
         self._queue.open(run.run_id, run.tenant_id, first_seq)
 
     def close(self, run_id: str, reason: TuftError) -> None:
@@ -143,7 +143,7 @@ class Scheduler:
         while True:
             is_full = len(self._passes) == _MAX_PASSES
             filling = self._passes[-1] if is_full else _Pass()
-            parts = self._queue.take(self._pass_tokens - filling.num_rows)
+            parts = self._queue.take(self._engine.pass_tokens - filling.num_rows)
             self._start(parts, filling)
             if filling.num_unanswered and not is_full:
                 self._passes.append(filling)

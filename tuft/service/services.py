@@ -42,12 +42,7 @@ class Services:
             unread_retention_s=limits.unread_retention_s,
             max_pending_per_tenant=limits.max_pending_per_tenant,
         )
-        self._scheduler = Scheduler(
-            engine,
-            self.futures,
-            pass_tokens=config.engine.micro_batch_tokens,
-            seq_gap_timeout_s=limits.seq_gap_timeout_s,
-        )
+        self._scheduler = Scheduler(engine, self.futures, limits.seq_gap_timeout_s)
         self.models = BaseModels(engine)
         self.checkpoints = Checkpoints(catalog, checkpoints_root(config.home))
         parts = (catalog, engine, self._scheduler, self.models, self.sessions, self.checkpoints, limits)

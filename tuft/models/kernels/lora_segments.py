@@ -80,7 +80,7 @@ def _inner_4x4(
 
 
 @inlined
-def _inner_1x1(x: int, A: int, K: int, dtype: Any, size: int) -> Any:
+def inner_product(x: int, A: int, K: int, dtype: Any, size: int) -> Any:
     """As one element of ``_inner_4x4``."""
     sums = spread(np.float32(0))
     for k in range(0, _whole(K, size) * size, _VECTOR_BYTES):
@@ -149,7 +149,7 @@ def _inner(
             else:
                 for one in range(row, min(row + 4, num_rows)):
                     for j in range(i, min(i + 4, rank)):
-                        w[at + one * R + j] = _inner_1x1(x + one * x_step, A + j * A_step, K, dtype, size)
+                        w[at + one * R + j] = inner_product(x + one * x_step, A + j * A_step, K, dtype, size)
     whole = _whole(K, size)
     for row in range(num_rows if whole < K else 0):
         x_K = array(x + row * x_step, K, dtype)

@@ -44,6 +44,7 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 _library = _openmp()
 for _name in ("omp_get_thread_num", "omp_get_num_threads"):
     llvm.add_symbol(_name, _address(_library, _name))  # before numba loads code that calls them
+llvm.add_symbol("sched_yield", _address(ctypes.CDLL(None), "sched_yield"))
 _run_team = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
     _address(_library, "GOMP_parallel")
 )
@@ -53,6 +54,7 @@ from numba.extending import intrinsic  # noqa: E402
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 HAS_BF16 = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
 _REORDERED = {"reassoc", "contract", "nsz", "arcp"}  # sums may be vectorised; NaN and infinity keep their meaning
 
@@ -148,8 +150,49 @@ def share(num_items: int) -> tuple[int, int]:
 
 @inlined
 def turn() -> tuple[int, int]:
-    """``first, step``: this thread's items where their cost differs, taken in turn."""
+    """This thread's number and how many there are: ``first, step`` of its items where these are taken in turn, since
+    their cost differs."""
     return _thread_num(), _num_threads()
+
+
+@intrinsic
+def _arrive(context: Any, counter: Any) -> Any:  # noqa: ARG001
+    """Add 1 to the 64-bit number at ``counter``, for all threads to see."""
+
+    def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
+        i64 = ir.IntType(64)
+        b.atomic_rmw("add", b.inttoptr(args[0], i64.as_pointer()), ir.Constant(i64, 1), "acq_rel")
+        return c.get_dummy_value()
+
+    return types.void(counter), generate
+
+
+@intrinsic
+def _arrivals(context: Any, counter: Any) -> Any:  # noqa: ARG001
+    def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
+        return b.load_atomic(b.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return types.int64(counter), generate
+
+
+_SPINS = 20_000
+"""Looks at a counter before the core is offered to another process: about 10 us."""
+
+
+@inlined
+def wait_for_all(counter: int, target: int) -> int:
+    """A point that no thread passes before all have reached it. ``counter`` is the address of a number that began at 0,
+    ``target`` what it will be when all have come: 0 at first, then what the last call returned."""
+    num_threads = _num_threads()
+    target += num_threads
+    if num_threads > 1:
+        _arrive(counter)
+        spins = 0
+        while _arrivals(counter) < target:
+            spins += 1
+            if spins % _SPINS == 0:
+                _sched_yield()
+    return target
 
 
 def _widened(b: Any, bits: Any) -> Any:

@@ -23,7 +23,7 @@ _F32_BYTES = 4
 
 
 @inlined
-def _scores(query: Any, first: int, keys: int, d: int, dtype: Any, size: int) -> Any:
+def scores_of_page(query: Any, first: int, keys: int, d: int, dtype: Any, size: int) -> Any:
     """The products of ``query[first : first + d]`` with the 16 keys of a page, two channels at a time."""
     even, odd = spread(np.float32(0)), spread(np.float32(0))
     block = PAGE_TOKENS * size
@@ -34,7 +34,7 @@ def _scores(query: Any, first: int, keys: int, d: int, dtype: Any, size: int) ->
 
 
 @inlined
-def _softmax(scores: Any, address: int, length: int, padded: int) -> None:
+def softmax(scores: Any, address: int, length: int, padded: int) -> None:
     """In place over ``scores[:length]``; the rest up to ``padded`` becomes 0."""
     for j in range(length, padded):
         scores[j] = np.float32(-np.inf)
@@ -53,7 +53,7 @@ def _softmax(scores: Any, address: int, length: int, padded: int) -> None:
 
 
 @inlined
-def _context(probs: Any, values: int, d: int, dtype: Any, size: int, so_far: Any) -> Any:
+def add_context(probs: Any, values: int, d: int, dtype: Any, size: int, so_far: Any) -> Any:
     """``so_far`` plus, for 16 channels, the sum over the positions of a page of probability times value."""
     even, odd = so_far, spread(np.float32(0))
     for j in range(0, PAGE_TOKENS, 2):
@@ -63,12 +63,17 @@ def _context(probs: Any, values: int, d: int, dtype: Any, size: int, so_far: Any
 
 
 @inlined
-def _write(block: int, last: int, key: Any, value: Any, heads: int, d: int, dtype: Any, size: int) -> None:
-    """The new position's key and value into their page; ``block`` is the address of its keys."""
+def write_key(block: int, last: int, key: Any, d: int, dtype: Any) -> None:
+    """The new position's key into its head's block of a page."""
     keys = array(block, PAGE_TOKENS * d, dtype)
-    values = array(block + heads * PAGE_TOKENS * d * size, PAGE_TOKENS * d, dtype)
     for c in range(d):
         keys[c * PAGE_TOKENS + last] = key[c]
+
+
+@inlined
+def write_value(block: int, last: int, value: Any, d: int, dtype: Any) -> None:
+    values = array(block, PAGE_TOKENS * d, dtype)
+    for c in range(d):
         values[last * d + c] = value[c]
 
 
@@ -91,16 +96,9 @@ def _attend(p: Any, dtype: Any, size: int) -> None:
         key = array(a[11] + row * a[12] + head * d * size, d, dtype)
         value = array(a[13] + row * a[14] + head * d * size, d, dtype)
         keys_at = head * block_bytes
-        _write(
-            pool + pages[num_pages - 1] * page_bytes + keys_at,
-            (length - 1) % PAGE_TOKENS,
-            key,
-            value,
-            num_kv_heads,
-            d,
-            dtype,
-            size,
-        )
+        page, last = pool + pages[num_pages - 1] * page_bytes + keys_at, (length - 1) % PAGE_TOKENS
+        write_key(page, last, key, d, dtype)
+        write_value(page + num_kv_heads * block_bytes, last, value, d, dtype)
         given = array(a[9] + row * a[10] + head * g * d * size, g * d, dtype)
         for c in range(g * d):
             query[c] = loaded(given[c]) * scale
@@ -108,11 +106,11 @@ def _attend(p: Any, dtype: Any, size: int) -> None:
             for n in range(num_pages):
                 store(
                     scores_at + n * PAGE_TOKENS * _F32_BYTES,
-                    _scores(query, h * d, pool + pages[n] * page_bytes + keys_at, d, dtype, size),
+                    scores_of_page(query, h * d, pool + pages[n] * page_bytes + keys_at, d, dtype, size),
                     np.float32,
                 )
             padded = num_pages * PAGE_TOKENS
-            _softmax(array(scores_at, padded, np.float32), scores_at, length, padded)
+            softmax(array(scores_at, padded, np.float32), scores_at, length, padded)
             out_at = a[15] + ((row * num_heads + head * g + h) * d) * size
             values_at = (num_kv_heads + head) * block_bytes
             whole = d // LANES * LANES
@@ -120,7 +118,7 @@ def _attend(p: Any, dtype: Any, size: int) -> None:
                 sums = spread(np.float32(0))
                 for n in range(num_pages):
                     probs = array(scores_at + n * PAGE_TOKENS * _F32_BYTES, PAGE_TOKENS, np.float32)
-                    sums = _context(probs, pool + pages[n] * page_bytes + values_at + c * size, d, dtype, size, sums)
+                    sums = add_context(probs, pool + pages[n] * page_bytes + values_at + c * size, d, dtype, size, sums)
                 store(out_at + c * size, sums, dtype)
             out = array(out_at, d, dtype)
             for c in range(whole, d):

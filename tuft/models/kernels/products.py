@@ -30,7 +30,7 @@ _I16S = ir.VectorType(ir.IntType(16), LANES)
 _BF16S = ir.VectorType(BFloat(), 2 * LANES)
 
 
-def _vector_at(b: Any, address: Any, element: Any = F32S) -> Any:
+def vector_at(b: Any, address: Any, element: Any = F32S) -> Any:
     return b.load(b.inttoptr(address, element.as_pointer()), align=2 if element == _I16S else 4)
 
 
@@ -38,7 +38,7 @@ def _put(b: Any, vector: Any, address: Any) -> None:
     b.store(vector, b.inttoptr(address, vector.type.as_pointer()), align=4)
 
 
-def _spread_at(b: Any, address: Any) -> Any:
+def spread_at(b: Any, address: Any) -> Any:
     unit = b.load(b.inttoptr(address, ir.FloatType().as_pointer()), align=2)
     one = b.insert_element(ir.Constant(F32S, ir.Undefined), unit, ir.Constant(ir.IntType(32), 0))
     return b.shuffle_vector(one, one, ir.Constant(I32S, [0] * LANES))
@@ -48,7 +48,7 @@ def _plus(b: Any, address: Any, offset: int) -> Any:
     return b.add(address, ir.Constant(ir.IntType(64), offset))
 
 
-def _multiply_add(b: Any, x: Any, y: Any, sums: Any, dtype: Any) -> Any:
+def multiply_add_units(b: Any, x: Any, y: Any, sums: Any, dtype: Any) -> Any:
     """``sums`` plus the products of the units of ``x`` and ``y``, both vectors of float32 as far as LLVM knows."""
     if dtype == types.float32:
         return _call(b, "llvm.fma.v16f32", x, y, sums)
@@ -88,16 +88,16 @@ def _multiply_rows(
             a_rows.append(b.add(a_rows[-1], a_bytes))
             places.append(b.add(places[-1], c_bytes))
         outs = [_plus(b, place, v * LANES * UNIT_BYTES) for place in places for v in range(num_vectors)]
-        sums = [cgutils.alloca_once_value(b, b.select(begins, zero, _vector_at(b, out))) for out in outs]
+        sums = [cgutils.alloca_once_value(b, b.select(begins, zero, vector_at(b, out))) for out in outs]
         with cgutils.for_range(b, num_units) as loop:
             step = b.add(b_at, b.mul(loop.index, b_bytes))
-            columns = [_vector_at(b, _plus(b, step, v * LANES * UNIT_BYTES)) for v in range(num_vectors)]
+            columns = [vector_at(b, _plus(b, step, v * LANES * UNIT_BYTES)) for v in range(num_vectors)]
             for r, a_row in enumerate(a_rows):
                 unit_at = b.add(a_row, b.mul(loop.index, ir.Constant(ir.IntType(64), UNIT_BYTES)))
-                spread = _spread_at(b, unit_at)
+                spread = spread_at(b, unit_at)
                 for v, column in enumerate(columns):
                     total = sums[r * num_vectors + v]
-                    b.store(_multiply_add(b, spread, column, b.load(total), dtype.dtype), total)
+                    b.store(multiply_add_units(b, spread, column, b.load(total), dtype.dtype), total)
         for total, out in zip(sums, outs, strict=True):
             _put(b, b.load(total), out)
         return c.get_dummy_value()
@@ -134,7 +134,7 @@ def _transpose_block(context: Any, x_at: Any, x_bytes: Any, out_at: Any, out_byt
         x_at, x_bytes, out_at, out_bytes = args
         rows = []
         for _ in range(LANES):
-            rows.append(_vector_at(b, x_at))
+            rows.append(vector_at(b, x_at))
             x_at = b.add(x_at, x_bytes)
         width = LANES // 2
         while width:  # exchange blocks of this width between rows that are as far apart
@@ -177,7 +177,7 @@ def transpose(x_at: int, x_bytes: int, num_rows: int, num_units: int, out_at: in
 @intrinsic
 def load_units(context: Any, address: Any) -> Any:  # noqa: ARG001
     """16 units of one row."""
-    return Vector()(address), lambda c, b, s, args: _vector_at(b, args[0])  # noqa: ARG005
+    return Vector()(address), lambda c, b, s, args: vector_at(b, args[0])  # noqa: ARG005
 
 
 @intrinsic
@@ -187,8 +187,8 @@ def load_rows(context: Any, address: Any, row_bytes: Any, dtype: Any) -> Any:  #
     def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
         even_at, row_bytes, _ = args
         if dtype.dtype == types.float32:
-            return _vector_at(b, even_at)
-        even, odd = (b.zext(_vector_at(b, at, _I16S), I32S) for at in (even_at, b.add(even_at, row_bytes)))
+            return vector_at(b, even_at)
+        even, odd = (b.zext(vector_at(b, at, _I16S), I32S) for at in (even_at, b.add(even_at, row_bytes)))
         return b.bitcast(b.or_(even, b.shl(odd, ir.Constant(I32S, [16] * LANES))), F32S)
 
     return Vector()(address, row_bytes, dtype), generate
@@ -197,7 +197,7 @@ def load_rows(context: Any, address: Any, row_bytes: Any, dtype: Any) -> Any:  #
 @intrinsic
 def spread_unit(context: Any, address: Any) -> Any:  # noqa: ARG001
     """The unit at ``address`` in all lanes."""
-    return Vector()(address), lambda c, b, s, args: _spread_at(b, args[0])  # noqa: ARG005
+    return Vector()(address), lambda c, b, s, args: spread_at(b, args[0])  # noqa: ARG005
 
 
 @intrinsic
@@ -206,7 +206,7 @@ def multiply_add(context: Any, x: Any, y: Any, sums: Any, dtype: Any) -> Any:  #
 
     def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
         x, y, sums, _ = args
-        return _multiply_add(b, x, y, sums, dtype.dtype)
+        return multiply_add_units(b, x, y, sums, dtype.dtype)
 
     return Vector()(x, y, sums, dtype), generate
 
