@@ -68,7 +68,7 @@ def test_a_few_shapes_serve_every_batch() -> None:
     wanted = [(sample_of(prompt_of(20 + n, n), params), adapters[n % 3]) for n in range(7)]
     for _ in range(2):
         run(sampler, wanted, steps_between=3)
-    graphs = sampler._graphs
+    graphs = sampler._steps._graphs
     assert graphs is not None
     shapes = set(graphs._steps)
     assert {rows for rows, _, _ in shapes} <= {1, 2, 4, 8}

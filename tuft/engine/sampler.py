@@ -15,7 +15,6 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from math import isfinite
@@ -26,37 +25,22 @@ from torch import Tensor
 
 from tuft.engine.base import EngineSettings, Sample
 from tuft.engine.decode_batch import DecodeBatch
-from tuft.engine.decode_graphs import DecodeGraphs
-from tuft.engine.drawing import draw, segments_of
+from tuft.engine.drawing import draw
 from tuft.engine.failures import engine_error
 from tuft.engine.kv_pages import KvPages, num_pages_of
 from tuft.engine.prefix_cache import CHUNK_TOKENS, Chunk, PrefixCache
 from tuft.engine.prompt_scores import PromptScores
 from tuft.engine.requests import Continuation, Request
+from tuft.engine.sample_steps import PromptPart, SampleSteps
 from tuft.engine.sampling import StopRule, check_params
-from tuft.engine.step_attention import ChunkRows, StepAttention
 from tuft.errors import InvalidInput, TuftError
 from tuft.models.decoder import Decoder
 from tuft.models.decoding import PackedAdapters
-from tuft.models.lora import Adapter, Segment
+from tuft.models.lora import Adapter
 from tuft.models.paged_attention import PAGE_TOKENS
-from tuft.models.transfer import to_device
 from tuft.types import SampledSequence, SampleResult
 
 Outcome = tuple[Hashable, SampleResult | TuftError]
-
-
-@dataclass(frozen=True, slots=True)
-class _PromptPart:
-    """A chunk of ``request``'s prompt, from ``start`` on, that a step computes."""
-
-    request: Request
-    chunk: Chunk
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.chunk.tokens)
 
 
 class Sampler:
@@ -86,12 +70,8 @@ class Sampler:
         return PrefixCache(self._pages)
 
     @cached_property
-    def _graphs(self) -> DecodeGraphs | None:
-        return DecodeGraphs(self._decoder, self._pages) if DecodeGraphs.take(self._decoder) else None
-
-    @cached_property
-    def _no_batch(self) -> DecodeBatch:
-        return DecodeBatch((), self._pages, None, self._packed)
+    def _steps(self) -> SampleSteps:
+        return SampleSteps(self._decoder, self._pages, self._cache, self._packed)
 
     @property
     def active(self) -> bool:
@@ -241,7 +221,7 @@ class Sampler:
         continuations = self._batch.continuations
         sources = []
         if continuations or parts:
-            x_TD = self._hidden(self._batch, parts)
+            x_TD = self._steps.hidden(self._batch, parts)
             self._take_prompts(parts, x_TD[len(continuations) :])
             sources.append(x_TD[: len(continuations)])
         adapters, origins = list(self._batch.adapters), list(range(len(continuations)))
@@ -256,11 +236,11 @@ class Sampler:
             draws = [one.next_draw() for one in continuations]
             self._take(continuations, *draw(self._decoder, self._packed, x_UD, adapters, origins, draws))
 
-    def _prompt_parts(self) -> list[_PromptPart]:
+    def _prompt_parts(self) -> list[PromptPart]:
         """The next chunks of the prompts that came first: as many tokens as a pass may have, but only one chunk's
         while others wait for their next token. What is computed in this step is already known to those behind."""
         budget = CHUNK_TOKENS if self._running else max(CHUNK_TOKENS, self._settings.micro_batch_tokens)
-        parts: list[_PromptPart] = []
+        parts: list[PromptPart] = []
         for request in self._admitted:
             scope = request.command.cache_scope
             while tokens := request.next_chunk:
@@ -277,44 +257,10 @@ class Sampler:
                 chunk = self._cache.add(scope, request.adapter, request.chunks, tokens)
                 request.chunks.append(chunk)
                 request.num_reserved -= len(chunk.pages)
-                parts.append(_PromptPart(request, chunk, start))
+                parts.append(PromptPart(request, chunk, start))
         return parts
 
-    def _hidden(self, batch: DecodeBatch, parts: list[_PromptPart]) -> Tensor:
-        if self._graphs is not None and not parts:
-            return self._graphs.hidden(batch, self._cache)
-        if self._decoder.step is None:
-            return self._computed(batch, parts)
-        sources = []
-        if batch.continuations:  # always this way, whatever else the step has: their bits must not depend on it
-            sources.append(self._decoder.step.hidden(batch.tokens, batch.tables(self._cache), batch.lora))
-        if parts:
-            sources.append(self._computed(self._no_batch, parts))
-        return sources[0] if len(sources) == 1 else torch.cat(sources)
-
-    def _computed(self, batch: DecodeBatch, parts: list[_PromptPart]) -> Tensor:
-        """Operator by operator."""
-        device, kernels = self._decoder.device, self._ops.decode
-        tables = batch.tables(self._cache) if batch.continuations else None
-        tokens, positions = batch.tokens, [one.length - 1 for one in batch.continuations]
-        segments = segments_of(batch.adapters) if kernels is None else []
-        chunks = []
-        for part in parts:
-            if part.request.adapter is not None:  # a segment each: its bits must not depend on its neighbours
-                segments.append(Segment(part.request.adapter, len(tokens), len(tokens) + len(part.chunk.tokens)))
-            tokens += part.chunk.tokens
-            positions += range(part.start, part.stop)
-            pages = part.request.prompt_pages[: num_pages_of(part.stop)]
-            chunks.append(ChunkRows(part.start, part.stop - part.start, pages))
-        return self._decoder.hidden(
-            to_device(tokens, device),
-            to_device(positions, device),
-            StepAttention(self._pages, tables, kernels, chunks, self._ops.attention),
-            segments,
-            batch.decoded,
-        )
-
-    def _take_prompts(self, parts: list[_PromptPart], x_LD: Tensor) -> None:
+    def _take_prompts(self, parts: list[PromptPart], x_LD: Tensor) -> None:
         row = 0
         for part in parts:
             x_PD = x_LD[row : row + len(part.chunk.tokens)]

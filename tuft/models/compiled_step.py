@@ -13,6 +13,7 @@ from torch import Tensor
 from tuft.models.architecture import DecoderConfig
 from tuft.models.decoding import LoraTables, StepWeights
 from tuft.models.kernels import decode_step as kernels
+from tuft.models.kernels import panels
 from tuft.models.kernels.native import double_bits
 from tuft.models.lora import group_key
 from tuft.models.paged_attention import PAGE_TOKENS, PageTables
@@ -53,24 +54,24 @@ class CompiledStep:
         """Whether all sizes fill whole vectors."""
         d = config.head_dim
         widths = (config.hidden_size, config.num_heads * d, config.num_kv_heads * d, config.intermediate_size)
-        return dtype == torch.bfloat16 and d % PAGE_TOKENS == 0 and all(width % kernels.PANEL == 0 for width in widths)
+        return dtype == torch.bfloat16 and d % PAGE_TOKENS == 0 and all(width % panels.PANEL == 0 for width in widths)
 
     def hidden(self, tokens: Sequence[int], tables: PageTables, lora: LoraTables | None) -> Tensor:
         config, num_rows = self._config, len(tokens)
         H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
         D, I, max_pages = config.hidden_size, config.intermediate_size, tables.table_BW.shape[1]
         max_rank = 0 if lora is None else lora.max_rank
-        padded = -(-num_rows // kernels.MAX_ROWS) * kernels.MAX_ROWS
+        padded = -(-num_rows // panels.MAX_ROWS) * panels.MAX_ROWS
         tokens_B = torch.tensor(tokens)
         out_BD = torch.empty(padded, D, dtype=torch.bfloat16)
         sizes = [
             _LINE_BYTES,
             padded * D * _F32_BYTES,
-            num_rows * _MOST_LINEARS * max(max_rank, 1) * _F32_BYTES
-            + torch.get_num_threads() * (d + max_pages * PAGE_TOKENS) * _F32_BYTES,
+            num_rows * _MOST_LINEARS * max_rank * _F32_BYTES,
+            torch.get_num_threads() * (d + max_pages * PAGE_TOKENS) * _F32_BYTES,
             *(padded * width * 2 for width in ((H + 2 * G) * d, H * d, D, 2 * I, I)),
         ]
-        counter, residual, h, *others = self._reserved(sizes)
+        counter, residual, h, scores, *others = self._reserved(sizes)
         table_BW = tables.table_BW.contiguous()
         kernels.decode_step(
             num_rows * self._weights.num_parameters,
@@ -100,6 +101,7 @@ class CompiledStep:
             counter,
             residual,
             h,
+            scores,
             out_BD.data_ptr(),
             *others,
         )
@@ -122,5 +124,5 @@ class CompiledStep:
 
 def _panels(weight_NK: Tensor) -> Tensor:
     """``[N / 32, K / 2, 32, 2]``: of 32 columns, pair by pair along K."""
-    panels: Tensor = weight_NK.unflatten(0, (-1, kernels.PANEL)).unflatten(2, (-1, 2))
-    return panels.transpose(1, 2).contiguous()
+    columns: Tensor = weight_NK.unflatten(0, (-1, panels.PANEL)).unflatten(2, (-1, 2))
+    return columns.transpose(1, 2).contiguous()

@@ -4,10 +4,8 @@ Such a step is limited by reading weights once. Called operator by operator it w
 meet between its stages and nothing else happens. Rounded where the operators round.
 
 A thread has a share of each stage: of the columns of a product, of the heads, or of the rows. What one element gets is
-computed in an order that depends on nothing but sizes, so a row's bits depend neither on others nor on threads.
-
-Weights lie in panels of 32 columns, ``[N / 32, units of K, 32]`` (``products``): a thread reads its panels from one end
-to the other.
+computed in an order that depends on nothing but sizes, so a row's bits depend neither on others nor on threads. An
+adapter's ``A x`` is computed beside the base product, and its ``B`` is added by whoever reads the result next.
 
 Shape letters: ``B`` rows, ``D`` residual channels, ``H`` query heads, ``G`` key-value heads, ``d`` channels of a head,
 ``I`` MLP channels, ``K`` in_features, ``N`` out_features, ``r`` rank of an adapter.
@@ -15,20 +13,15 @@ Shape letters: ``B`` rows, ``D`` residual channels, ``H`` query heads, ``G`` key
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from tuft.models.kernels.lora_segments import inner_product
 from tuft.models.kernels.native import (
     arguments,
     array,
     as_double,
-    bf16_bits,
     exp,
     inlined,
     kernel,
@@ -45,140 +38,116 @@ from tuft.models.kernels.paged_attention import (
     write_key,
     write_value,
 )
-from tuft.models.kernels.products import UNIT_BYTES, multiply_add_units, spread_at, vector_at
-from tuft.models.kernels.vectors import F32S, LANES, add, fma, load, spread, store
+from tuft.models.kernels.panels import PANEL, multiply_panels
+from tuft.models.kernels.vectors import LANES, add, fma, load, spread, store
 
-PANEL = 2 * LANES
-"""Columns of a panel: two vectors, so that with ``MAX_ROWS`` rows 16 sums are under way."""
-
-MAX_ROWS = 8
 LAYER_ADDRESSES = 11
-"""Of each layer: the weights of qkv, o, gate_up and down, their biases (0: none), the norms before attention and MLP,
-and of the heads (0: none)."""
+"""Of each layer: the weights of qkv, o, gate_up and down in panels, their float32 biases (0: none), the norms before
+attention and MLP, and of the heads (0: none)."""
 
-_F32_BYTES = 4
-
-
-# --- base products ----------------------------------------------------------------------------------------------------
-
-
-def _product_of(num_rows: int) -> Any:
-    @intrinsic
-    def product(
-        context: Any,  # noqa: ARG001
-        x_at: Any,
-        x_bytes: Any,
-        panel_at: Any,
-        num_units: Any,
-        bias_at: Any,
-        y_at: Any,
-        y_bytes: Any,
-    ) -> Any:
-        """``num_rows`` rows of bf16 times one panel, plus a bias if there is one, rounded to bf16."""
-
-        def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
-            x_at, x_bytes, panel_at, num_units, bias_at, y_at, y_bytes = args
-            i64 = ir.IntType(64)
-            zero = ir.Constant(F32S, [0.0] * LANES)
-            vector_bytes = LANES * UNIT_BYTES
-            xs = [b.add(x_at, b.mul(x_bytes, ir.Constant(i64, row))) for row in range(num_rows)]
-            sums = [[cgutils.alloca_once_value(b, zero) for _ in range(2)] for _ in range(num_rows)]
-            with cgutils.for_range(b, num_units) as loop:
-                unit = b.mul(loop.index, ir.Constant(i64, UNIT_BYTES))
-                column_at = b.add(panel_at, b.mul(loop.index, ir.Constant(i64, 2 * vector_bytes)))
-                columns = [vector_at(b, b.add(column_at, ir.Constant(i64, v * vector_bytes))) for v in range(2)]
-                for row in range(num_rows):
-                    one = spread_at(b, b.add(xs[row], unit))
-                    for v in range(2):
-                        total = multiply_add_units(b, one, columns[v], b.load(sums[row][v]), types.uint16)
-                        b.store(total, sums[row][v])
-            halves = ir.VectorType(ir.IntType(16), LANES)
-            has_bias = b.icmp_signed("!=", bias_at, ir.Constant(i64, 0))
-            for v in range(2):
-                bias = cgutils.alloca_once_value(b, zero)
-                with b.if_then(has_bias):
-                    at = b.add(bias_at, ir.Constant(i64, v * vector_bytes))
-                    b.store(vector_at(b, at), bias)
-                for row in range(num_rows):
-                    value = b.fadd(b.load(sums[row][v]), b.load(bias))
-                    at = b.add(y_at, b.mul(y_bytes, ir.Constant(i64, row)))
-                    at = b.add(at, ir.Constant(i64, v * LANES * 2))
-                    b.store(bf16_bits(b, value), b.inttoptr(at, halves.as_pointer()), align=2)
-            return c.get_dummy_value()
-
-        given = (x_at, x_bytes, panel_at, num_units, bias_at, y_at, y_bytes)
-        return types.void(*given), generate
-
-    return product
+_QKV, _O, _GATE_UP, _DOWN, _NORM, _MLP_NORM, _HEAD_NORM = 0, 1, 2, 3, 8, 9, 10
+_BIAS = 4  # behind the weight
+_BF16_BYTES, _F32_BYTES = 2, 4
 
 
-_product_1, _product_2, _product_4, _product_8 = (_product_of(rows) for rows in (1, 2, 4, MAX_ROWS))
+class _Sizes(NamedTuple):
+    num_rows: int
+    D: int
+    H: int
+    G: int
+    d: int
+    I: int
+    eps: Any
 
 
-@inlined
-def _multiply(x_at: int, num_rows: int, K: int, weight_at: int, bias_at: int, y_at: int, N: int) -> None:
-    """This thread's columns of ``y_BN = x_BK @ W.T + bias``; the bias is float32. Rows of x and y follow each other,
-    and whole eights of them may be read and written."""
-    thread, num_threads = turn()
-    num_panels, num_units, x_bytes, y_bytes = N // PANEL, K // 2, K * 2, N * 2
-    for panel in range(num_panels * thread // num_threads, num_panels * (thread + 1) // num_threads):
-        panel_at = weight_at + panel * num_units * PANEL * UNIT_BYTES
-        bias = 0 if bias_at == 0 else bias_at + panel * PANEL * _F32_BYTES
-        for row in range(0, num_rows, MAX_ROWS):
-            x, y = x_at + row * x_bytes, y_at + row * y_bytes + panel * PANEL * 2
-            left = num_rows - row
-            if left > 4:
-                _product_8(x, x_bytes, panel_at, num_units, bias, y, y_bytes)
-            elif left > 2:
-                _product_4(x, x_bytes, panel_at, num_units, bias, y, y_bytes)
-            elif left == 2:
-                _product_2(x, x_bytes, panel_at, num_units, bias, y, y_bytes)
-            else:
-                _product_1(x, x_bytes, panel_at, num_units, bias, y, y_bytes)
+class _Lora(NamedTuple):
+    """``addresses``: of A and B of every group of linears and row (0: none), ``[groups, 2, B]``. ``h_at``: where the
+    rows' ``scale * A x`` lie, float32 ``[B, 3 * max_rank]``."""
+
+    exists: bool
+    addresses: Any
+    ranks: Any
+    scales: Any
+    max_rank: int
+    h_at: int
+
+
+class _Sequences(NamedTuple):
+    """``lengths``: the new position included. ``table_at``: pages of each row; ``pool``: where pages lie."""
+
+    lengths: Any
+    table_at: int
+    max_pages: int
+    pool: int
+    page_bytes: int
+    cos_at: int
+    sin_at: int
+
+
+class _Work(NamedTuple):
+    """Addresses. float32: residual ``[B, D]``, and this thread's query and scores. bf16: the rest, of whole eights of
+    rows."""
+
+    residual: int
+    scores: int
+    normed: int
+    qkv: int
+    context: int
+    update: int
+    gate_up: int
+    inner: int
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 @inlined
-def _project(x_at: int, K: int, group: int, num_linears: int, lora: Any, h_at: int) -> None:
-    """This thread's elements of ``h = scale * A x`` of all rows, float32, as they are in bf16."""
-    addresses, ranks, scales, max_rank = lora
-    num_rows = len(ranks)
+def _project(x_at: int, K: int, group: int, num_linears: int, lora: Any) -> None:
+    """This thread's elements of ``h`` of all rows, as they are in bf16."""
+    num_rows = len(lora.ranks)
     thread, num_threads = turn()
     for row in range(num_rows):
-        A = addresses[(2 * group) * num_rows + row]
+        A = lora.addresses[(2 * group) * num_rows + row]
         if A == 0:
             continue
-        h = array(h_at + row * num_linears * max_rank * _F32_BYTES, num_linears * max_rank, np.float32)
-        x = x_at + row * K * 2
-        for i in range((row + thread) % num_threads, num_linears * ranks[row], num_threads):
-            inner = loaded(stored(inner_product(x, A + i * K * 2, K, np.uint16, 2), np.uint16))
-            h[i] = loaded(stored(inner * scales[row], np.uint16))
+        width = num_linears * lora.max_rank
+        h = array(lora.h_at + row * width * _F32_BYTES, width, np.float32)
+        x = x_at + row * K * _BF16_BYTES
+        for i in range((row + thread) % num_threads, num_linears * lora.ranks[row], num_threads):
+            inner = loaded(stored(inner_product(x, A + i * K * _BF16_BYTES, K, np.uint16, 2), np.uint16))
+            h[i] = loaded(stored(inner * lora.scales[row], np.uint16))
 
 
 @inlined
-def _add_lora(
-    y_at: int, row: int, group: int, linear: Any, num_linears: int, columns: Any, lora: Any, h_at: int
-) -> None:
+def _add_lora(y_at: int, row: int, group: int, num_linears: int, linear: Any, columns: Any, lora: Any) -> None:
     """``y[columns] += B h`` of one row: ``columns`` of the linear are (first, stop), ``y_at`` is that of the first;
     ``linear`` is (its number, columns of those before it, its own)."""
-    addresses, ranks, _, max_rank = lora
-    num_rows = len(ranks)
-    B = addresses[(2 * group + 1) * num_rows + row]
+    num_rows = len(lora.ranks)
+    B = lora.addresses[(2 * group + 1) * num_rows + row]
     if B == 0:
         return
     number, before, width = linear
     first, stop = columns
-    rank = ranks[row]
-    h = array(h_at + (row * max_rank * num_linears + number * rank) * _F32_BYTES, rank, np.float32)
-    B += rank * before * 2
+    rank = lora.ranks[row]
+    h = array(lora.h_at + (row * lora.max_rank * num_linears + number * rank) * _F32_BYTES, rank, np.float32)
+    B += rank * before * _BF16_BYTES
     for n in range(first, stop, LANES):
         sums = spread(np.float32(0))
         for i in range(rank):
-            sums = fma(spread(h[i]), load(B + (i * width + n) * 2, np.uint16), sums)
-        y = y_at + (n - first) * 2
+            sums = fma(spread(h[i]), load(B + (i * width + n) * _BF16_BYTES, np.uint16), sums)
+        y = y_at + (n - first) * _BF16_BYTES
         store(y, add(load(y, np.uint16), sums), np.uint16)
+
+
+@inlined
+def _multiply(
+    x_at: int, K: int, y_at: int, N: int, weights: Any, which: int, group: Any, sizes: Any, lora: Any
+) -> None:
+    """This thread's part of a linear, and of its adapters' first products; ``group`` is (its number, linears)."""
+    multiply_panels(x_at, sizes.num_rows, K, weights[which], weights[which + _BIAS], y_at, N)
+    if lora.exists:
+        number, num_linears = group
+        _project(x_at, K, number, num_linears, lora)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -198,27 +167,62 @@ def _norm(residual_at: int, out_at: int, weight_at: int, D: int, eps: Any) -> No
 
 
 @inlined
-def _add_update(residual_at: int, update_at: int, D: int) -> None:
-    residual, update = array(residual_at, D, np.float32), array(update_at, D, np.uint16)
-    for c in range(D):
-        residual[c] += loaded(update[c])
+def _begin(tokens: Any, embeddings: int, norm_at: int, sizes: Any, work: Any) -> None:
+    """The residual stream begins with the tokens' embeddings."""
+    D = sizes.D
+    thread, num_threads = turn()
+    for row in range(thread, sizes.num_rows, num_threads):
+        residual_at = work.residual + row * D * _F32_BYTES
+        given, residual = (
+            array(embeddings + tokens[row] * D * _BF16_BYTES, D, np.uint16),
+            array(residual_at, D, np.float32),
+        )
+        for c in range(D):
+            residual[c] = loaded(given[c])
+        _norm(residual_at, work.normed + row * D * _BF16_BYTES, norm_at, D, sizes.eps)
 
 
 @inlined
-def _widen(given_at: int, residual_at: int, D: int) -> None:
-    given, residual = array(given_at, D, np.uint16), array(residual_at, D, np.float32)
-    for c in range(D):
-        residual[c] = loaded(given[c])
+def _add_update(group: int, norm_at: int, sizes: Any, lora: Any, work: Any) -> None:
+    """``residual += update``, which is of the linear ``group``, and its norm."""
+    D = sizes.D
+    thread, num_threads = turn()
+    for row in range(thread, sizes.num_rows, num_threads):
+        residual_at, update_at = work.residual + row * D * _F32_BYTES, work.update + row * D * _BF16_BYTES
+        if lora.exists:
+            _add_lora(update_at, row, group, 1, (0, 0, D), (0, D), lora)
+        residual, update = array(residual_at, D, np.float32), array(update_at, D, np.uint16)
+        for c in range(D):
+            residual[c] += loaded(update[c])
+        _norm(residual_at, work.normed + row * D * _BF16_BYTES, norm_at, D, sizes.eps)
+
+
+@inlined
+def _swiglu(group: int, sizes: Any, lora: Any, work: Any) -> None:
+    """``silu(gate) * up``, a panel's columns of a row at a time."""
+    I = sizes.I
+    thread, num_threads = turn()
+    for item in range(thread, sizes.num_rows * (I // PANEL), num_threads):
+        row, first = item // (I // PANEL), item % (I // PANEL) * PANEL
+        gate_at = work.gate_up + (row * 2 * I + first) * _BF16_BYTES
+        up_at = gate_at + I * _BF16_BYTES
+        if lora.exists:
+            _add_lora(gate_at, row, group, 2, (0, 0, I), (first, first + PANEL), lora)
+            _add_lora(up_at, row, group, 2, (1, I, I), (first, first + PANEL), lora)
+        gate, up = array(gate_at, PANEL, np.uint16), array(up_at, PANEL, np.uint16)
+        out = array(work.inner + (row * I + first) * _BF16_BYTES, PANEL, np.uint16)
+        for c in range(PANEL):
+            g = loaded(gate[c])
+            out[c] = stored(g / (np.float32(1) + exp(-g)) * loaded(up[c]), np.uint16)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
 @inlined
-def _normed_head(x_at: int, weight_at: int, d: int, eps: Any) -> None:
+def _norm_head(x: Any, weight_at: int, d: int, eps: Any) -> None:
     """In place."""
-    x, weight = array(x_at, d, np.uint16), array(weight_at, d, np.float32)
-    squares = np.float32(0)
+    weight, squares = array(weight_at, d, np.float32), np.float32(0)
     for c in range(d):
         squares += loaded(x[c]) * loaded(x[c])
     factor = np.float32(1) / np.sqrt(squares / np.float32(d) + eps)
@@ -227,176 +231,128 @@ def _normed_head(x_at: int, weight_at: int, d: int, eps: Any) -> None:
 
 
 @inlined
-def _rotate_head(x_at: int, cos_at: int, sin_at: int, d: int) -> None:
+def _rotate_head(x: Any, cos_at: int, sin_at: int, d: int) -> None:
     """In place."""
     half = d // 2
-    first, second = array(x_at, half, np.uint16), array(x_at + half * 2, half, np.uint16)
     cos, sin = array(cos_at, half, np.float32), array(sin_at, half, np.float32)
     for c in range(half):
-        x1, x2 = loaded(first[c]), loaded(second[c])
-        first[c] = stored(x1 * cos[c] - x2 * sin[c], np.uint16)
-        second[c] = stored(x2 * cos[c] + x1 * sin[c], np.uint16)
+        first, second = loaded(x[c]), loaded(x[half + c])
+        x[c] = stored(first * cos[c] - second * sin[c], np.uint16)
+        x[half + c] = stored(second * cos[c] + first * sin[c], np.uint16)
 
 
 @inlined
-def _attend_head(
-    query_at: int, out_at: int, length: int, pages: Any, pool: int, page_bytes: int, kv: Any, work_at: int
-) -> None:
-    """One query head over the pages of its sequence. ``kv`` is (head, key-value heads, channels); the workspace has
-    the query and a score for every position, float32."""
-    head, num_kv_heads, d = kv
-    block_bytes = PAGE_TOKENS * d * 2
-    query, given = array(work_at, d, np.float32), array(query_at, d, np.uint16)
+def _place_heads(layer: int, norm_at: int, sizes: Any, sequences: Any, lora: Any, work: Any) -> None:
+    """Queries and keys normed and rotated, keys and values written to their pages."""
+    _, _, H, G, d, _, eps = sizes
+    heads = H + 2 * G
+    thread, num_threads = turn()
+    for item in range(thread, sizes.num_rows * heads, num_threads):
+        row, head = item // heads, item % heads
+        x_at = work.qkv + item * d * _BF16_BYTES
+        if lora.exists:
+            linear, first = (0, 0, H * d), head * d
+            if head >= H + G:
+                linear, first = (2, (H + G) * d, G * d), (head - H - G) * d
+            elif head >= H:
+                linear, first = (1, H * d, G * d), (head - H) * d
+            _add_lora(x_at, row, 4 * layer, 3, linear, (first, first + d), lora)
+        x, position = array(x_at, d, np.uint16), sequences.lengths[row] - 1
+        if head < H + G:
+            if norm_at != 0:
+                _norm_head(x, norm_at + head * d * _F32_BYTES, d, eps)
+            sin_at = sequences.sin_at + position * (d // 2) * _F32_BYTES
+            _rotate_head(x, sequences.cos_at + position * d * _F32_BYTES, sin_at, d)
+        if head >= H:
+            pages = array(sequences.table_at + row * sequences.max_pages * 8, sequences.max_pages, np.int64)
+            block = sequences.pool + pages[position // PAGE_TOKENS] * sequences.page_bytes
+            block += (layer * 2 * G + head - H) * PAGE_TOKENS * d * _BF16_BYTES
+            if head < H + G:
+                write_key(block, position % PAGE_TOKENS, x, d, np.uint16)
+            else:
+                write_value(block, position % PAGE_TOKENS, x, d, np.uint16)
+
+
+@inlined
+def _attend(layer: int, sizes: Any, sequences: Any, work: Any) -> None:
+    """Every query head over the pages of its sequence."""
+    _, _, H, G, d, _, _ = sizes
+    block_bytes = PAGE_TOKENS * d * _BF16_BYTES
     scale = np.float32(1) / np.sqrt(np.float32(d))
-    for c in range(d):
-        query[c] = loaded(given[c]) * scale
-    num_pages = (length + PAGE_TOKENS - 1) // PAGE_TOKENS
-    scores_at, padded = work_at + d * _F32_BYTES, num_pages * PAGE_TOKENS
-    for n in range(num_pages):
-        keys = pool + pages[n] * page_bytes + head * block_bytes
-        store(scores_at + n * PAGE_TOKENS * _F32_BYTES, scores_of_page(query, 0, keys, d, np.uint16, 2), np.float32)
-    softmax(array(scores_at, padded, np.float32), scores_at, length, padded)
-    for c in range(0, d, LANES):
-        sums = spread(np.float32(0))
+    query, scores_at = array(work.scores, d, np.float32), work.scores + d * _F32_BYTES
+    thread, num_threads = turn()
+    for item in range(thread, sizes.num_rows * H, num_threads):
+        row, head = item // H, item % H
+        pages = array(sequences.table_at + row * sequences.max_pages * 8, sequences.max_pages, np.int64)
+        keys = sequences.pool + (layer * 2 * G + head // (H // G)) * block_bytes
+        values = keys + G * block_bytes
+        given = array(work.qkv + (row * (H + 2 * G) + head) * d * _BF16_BYTES, d, np.uint16)
+        for c in range(d):
+            query[c] = loaded(given[c]) * scale
+        length = sequences.lengths[row]
+        num_pages = (length + PAGE_TOKENS - 1) // PAGE_TOKENS
+        padded = num_pages * PAGE_TOKENS
         for n in range(num_pages):
-            probs = array(scores_at + n * PAGE_TOKENS * _F32_BYTES, PAGE_TOKENS, np.float32)
-            values = pool + pages[n] * page_bytes + (num_kv_heads + head) * block_bytes
-            sums = add_context(probs, values + c * 2, d, np.uint16, 2, sums)
-        store(out_at + c * 2, sums, np.uint16)
-
-
-@inlined
-def _swiglu(gate_at: int, up_at: int, out_at: int, width: int) -> None:
-    gate, up, out = (
-        array(gate_at, width, np.uint16),
-        array(up_at, width, np.uint16),
-        array(out_at, width, np.uint16),
-    )
-    for c in range(width):
-        g = loaded(gate[c])
-        out[c] = stored(g / (np.float32(1) + exp(-g)) * loaded(up[c]), np.uint16)
+            page = keys + pages[n] * sequences.page_bytes
+            store(scores_at + n * LANES * _F32_BYTES, scores_of_page(query, 0, page, d, np.uint16, 2), np.float32)
+        softmax(array(scores_at, padded, np.float32), scores_at, length, padded)
+        out_at = work.context + item * d * _BF16_BYTES
+        for c in range(0, d, LANES):
+            sums = spread(np.float32(0))
+            for n in range(num_pages):
+                probs = array(scores_at + n * LANES * _F32_BYTES, PAGE_TOKENS, np.float32)
+                page = values + pages[n] * sequences.page_bytes
+                sums = add_context(probs, page + c * _BF16_BYTES, d, np.uint16, 2, sums)
+            store(out_at + c * _BF16_BYTES, sums, np.uint16)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
+@inlined
+def _layer(layer: int, weights: Any, sizes: Any, sequences: Any, lora: Any, work: Any, meeting: Any) -> int:
+    """One layer, from its normed input to ``update``, which is not added yet. ``meeting`` is (counter, target)."""
+    _, D, H, G, d, I, _ = sizes
+    counter, target = meeting
+    number = 4 * layer
+    _multiply(work.normed, D, work.qkv, (H + 2 * G) * d, weights, _QKV, (number, 3), sizes, lora)
+    target = wait_for_all(counter, target)
+    _place_heads(layer, weights[_HEAD_NORM], sizes, sequences, lora, work)
+    target = wait_for_all(counter, target)
+    _attend(layer, sizes, sequences, work)
+    target = wait_for_all(counter, target)
+    _multiply(work.context, H * d, work.update, D, weights, _O, (number + 1, 1), sizes, lora)
+    target = wait_for_all(counter, target)
+    _add_update(number + 1, weights[_MLP_NORM], sizes, lora, work)
+    target = wait_for_all(counter, target)
+    _multiply(work.normed, D, work.gate_up, 2 * I, weights, _GATE_UP, (number + 2, 2), sizes, lora)
+    target = wait_for_all(counter, target)
+    _swiglu(number + 2, sizes, lora, work)
+    target = wait_for_all(counter, target)
+    _multiply(work.inner, I, work.update, D, weights, _DOWN, (number + 3, 1), sizes, lora)
+    return wait_for_all(counter, target)
+
+
 @kernel
 def decode_step(p: Any) -> None:
+    """The final norm's output is left in ``normed``."""
     a = arguments(p)
-    num_layers, num_rows, D, H, G, d, I = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    eps = np.float32(as_double(a[7]))
+    num_layers, num_rows = a[0], a[1]
+    sizes = _Sizes(num_rows, a[2], a[3], a[4], a[5], a[6], np.float32(as_double(a[7])))
     layers, final_norm, embeddings = array(a[8], num_layers * LAYER_ADDRESSES, np.int64), a[9], a[10]
-    tokens, lengths = array(a[11], num_rows, np.int64), array(a[12], num_rows, np.int64)
-    table_at, max_pages, pool, page_bytes, cos_at, sin_at = a[13], a[14], a[15], a[16], a[17], a[18]
-    has_lora, max_rank = a[19] != 0, a[20]
-    lora = (
-        array(a[19], num_layers * 8 * num_rows, np.int64),
-        array(a[21], num_rows, np.int64),
-        array(a[22], num_rows, np.float32),
-        max_rank,
-    )
-    # workspaces: counter; residual [B, D] and h [B, 3 r] float32; normed, qkv, context, update, gate_up, inner bf16
-    counter, residual, h, normed, qkv = a[23], a[24], a[25], a[26], a[27]
-    context, update, gate_up, inner, out = a[28], a[29], a[30], a[31], a[26]
-    thread, num_threads = turn()
-    work = a[25] + num_rows * 3 * max(max_rank, 1) * _F32_BYTES  # behind h: of each thread, query and scores
-    work += thread * (d + max_pages * PAGE_TOKENS) * _F32_BYTES
-    heads = H + 2 * G
-    N = heads * d
+    tokens = array(a[11], num_rows, np.int64)
+    sequences = _Sequences(array(a[12], num_rows, np.int64), a[13], a[14], a[15], a[16], a[17], a[18])
+    ranks, scales = array(a[21], num_rows, np.int64), array(a[22], num_rows, np.float32)
+    lora = _Lora(a[19] != 0, array(a[19], num_layers * 8 * num_rows, np.int64), ranks, scales, a[20], a[25])
+    scores = a[26] + turn()[0] * (sizes.d + sequences.max_pages * PAGE_TOKENS) * _F32_BYTES
+    work = _Work(a[24], scores, a[27], a[28], a[29], a[30], a[31], a[32])
     target = 0
     for layer in range(num_layers):
-        of_layer = layers[layer * LAYER_ADDRESSES : (layer + 1) * LAYER_ADDRESSES]
-        for row in range(thread, num_rows, num_threads):
-            if layer == 0:
-                _widen(embeddings + tokens[row] * D * 2, residual + row * D * 4, D)
-            else:
-                if has_lora:
-                    _add_lora(update + row * D * 2, row, 4 * layer - 1, (0, 0, D), 1, (0, D), lora, h)
-                _add_update(residual + row * D * 4, update + row * D * 2, D)
-            _norm(residual + row * D * 4, normed + row * D * 2, of_layer[8], D, eps)
-        target = wait_for_all(counter, target)
-
-        _multiply(normed, num_rows, D, of_layer[0], of_layer[4], qkv, N)
-        if has_lora:
-            _project(normed, D, 4 * layer, 3, lora, h)
-        target = wait_for_all(counter, target)
-
-        for item in range(thread, num_rows * heads, num_threads):
-            row, head = item // heads, item % heads
-            x = qkv + (row * N + head * d) * 2
-            if has_lora:
-                linear, first = (0, 0, H * d), head * d
-                if head >= H + G:
-                    linear, first = (2, (H + G) * d, G * d), (head - H - G) * d
-                elif head >= H:
-                    linear, first = (1, H * d, G * d), (head - H) * d
-                _add_lora(x, row, 4 * layer, linear, 3, (first, first + d), lora, h)
-            position = lengths[row] - 1
-            if head < H + G:
-                if of_layer[10] != 0:
-                    _normed_head(x, of_layer[10] + head * d * 4, d, eps)
-                _rotate_head(x, cos_at + position * d * 4, sin_at + position * d * 2, d)
-            if head >= H:
-                pages = array(table_at + row * max_pages * 8, max_pages, np.int64)
-                block = pool + pages[position // PAGE_TOKENS] * page_bytes
-                block += (layer * 2 * G + head - H) * PAGE_TOKENS * d * 2
-                if head < H + G:
-                    write_key(block, position % PAGE_TOKENS, array(x, d, np.uint16), d, np.uint16)
-                else:
-                    write_value(block, position % PAGE_TOKENS, array(x, d, np.uint16), d, np.uint16)
-        target = wait_for_all(counter, target)
-
-        for item in range(thread, num_rows * H, num_threads):
-            row, head = item // H, item % H
-            pages = array(table_at + row * max_pages * 8, max_pages, np.int64)
-            of_pool = pool + layer * 2 * G * PAGE_TOKENS * d * 2
-            _attend_head(
-                qkv + (row * N + head * d) * 2,
-                context + (row * H + head) * d * 2,
-                lengths[row],
-                pages,
-                of_pool,
-                page_bytes,
-                (head // (H // G), G, d),
-                work,
-            )
-        target = wait_for_all(counter, target)
-
-        _multiply(context, num_rows, H * d, of_layer[1], of_layer[5], update, D)
-        if has_lora:
-            _project(context, H * d, 4 * layer + 1, 1, lora, h)
-        target = wait_for_all(counter, target)
-
-        for row in range(thread, num_rows, num_threads):
-            if has_lora:
-                _add_lora(update + row * D * 2, row, 4 * layer + 1, (0, 0, D), 1, (0, D), lora, h)
-            _add_update(residual + row * D * 4, update + row * D * 2, D)
-            _norm(residual + row * D * 4, normed + row * D * 2, of_layer[9], D, eps)
-        target = wait_for_all(counter, target)
-
-        _multiply(normed, num_rows, D, of_layer[2], of_layer[6], gate_up, 2 * I)
-        if has_lora:
-            _project(normed, D, 4 * layer + 2, 2, lora, h)
-        target = wait_for_all(counter, target)
-
-        num_panels = I // PANEL
-        for item in range(thread, num_rows * num_panels, num_threads):
-            row, first = item // num_panels, item % num_panels * PANEL
-            gate = gate_up + (row * 2 * I + first) * 2
-            if has_lora:
-                columns = (first, first + PANEL)
-                _add_lora(gate, row, 4 * layer + 2, (0, 0, I), 2, columns, lora, h)
-                _add_lora(gate + I * 2, row, 4 * layer + 2, (1, I, I), 2, columns, lora, h)
-            _swiglu(gate, gate + I * 2, inner + (row * I + first) * 2, PANEL)
-        target = wait_for_all(counter, target)
-
-        _multiply(inner, num_rows, I, of_layer[3], of_layer[7], update, D)
-        if has_lora:
-            _project(inner, I, 4 * layer + 3, 1, lora, h)
-        target = wait_for_all(counter, target)
-
-    for row in range(thread, num_rows, num_threads):
-        if has_lora:
-            _add_lora(update + row * D * 2, row, 4 * num_layers - 1, (0, 0, D), 1, (0, D), lora, h)
-        _add_update(residual + row * D * 4, update + row * D * 2, D)
-        _norm(residual + row * D * 4, out + row * D * 2, final_norm, D, eps)
+        weights = layers[layer * LAYER_ADDRESSES : (layer + 1) * LAYER_ADDRESSES]
+        if layer == 0:
+            _begin(tokens, embeddings, weights[_NORM], sizes, work)
+        else:
+            _add_update(4 * layer - 1, weights[_NORM], sizes, lora, work)
+        target = wait_for_all(a[23], target)
+        target = _layer(layer, weights, sizes, sequences, lora, work, (a[23], target))
+    _add_update(4 * num_layers - 1, final_norm, sizes, lora, work)

@@ -115,7 +115,7 @@ def as_double(context: Any, bits: Any) -> Any:  # noqa: ARG001
 @inlined
 def arguments(p: Any) -> Any:
     """The kernel's arguments, by number."""
-    return carray(p, (32,))
+    return carray(p, (48,))
 
 
 @inlined
