@@ -38,8 +38,7 @@ class _SegmentTables:
     block of rows."""
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, block_rows: int) -> None:
-        self._segments = segments
-        self._dtype = dtype
+        self._views = [(one.adapter.layout, one.adapter.views(dtype), one.gradients) for one in segments]
         self._groups: dict[str, _GroupTables | None] = {}
         self.blocks_J3 = torch.tensor(
             [
@@ -54,7 +53,7 @@ class _SegmentTables:
         self.max_rank = int(self.ranks_S.max())
 
     def __len__(self) -> int:
-        return len(self._segments)
+        return len(self._views)
 
     def group(self, key: str) -> _GroupTables | None:
         """None if no adapter has it."""
@@ -65,14 +64,10 @@ class _SegmentTables:
     def _tables(self, key: str) -> _GroupTables | None:
         sizes: list[int] = []
         addresses = []
-        for segment in self._segments:
-            of_segment = [0, 0, 0, 0]
-            for first, views in ((0, segment.adapter.views(self._dtype)), (2, segment.gradients or {})):
-                if key in views:
-                    A_RK, Bs_Nr = views[key].A_RK, views[key].Bs_Nr
-                    of_segment[first : first + 2] = A_RK.data_ptr(), Bs_Nr[0].data_ptr()
-                    sizes = [B_Nr.shape[0] for B_Nr in Bs_Nr]
-            addresses.append(of_segment)
+        for layout, views, gradients in self._views:
+            if key in layout.by_key:
+                sizes = [B.shape[0] for B in layout.by_key[key].Bs]
+            addresses.append((*views.addresses(key), *((0, 0) if gradients is None else gradients.addresses(key))))
         return _GroupTables(torch.tensor(sizes), torch.tensor(addresses).t().contiguous()) if sizes else None
 
 

@@ -11,7 +11,7 @@ in_features, ``N`` out_features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -51,10 +51,6 @@ class StackedLora:
 
     A_SRK: Tensor
     Bs_SrN: tuple[Tensor, ...]
-
-
-LoraViews = Mapping[str, LoraGroup]
-"""Keyed as ``group_key`` names them, ``lm_head`` included; a group that the spec does not train is absent."""
 
 
 def group_key(layer: int, group: str) -> str:
@@ -101,7 +97,7 @@ class LoraLayout:
                     self._place(group_key(layer, group), names, linear_shapes, spec.rank)
         if spec.train_unembed:
             self._place(LM_HEAD, [LM_HEAD], linear_shapes, spec.rank)
-        self._groups_by_key = {group.key: group for group in self.groups}
+        self.by_key = {group.key: group for group in self.groups}
         if not self.groups:
             raise InvalidInput("lora_config", spec, "must train at least one of attention, MLP and unembedding")
 
@@ -122,12 +118,7 @@ class LoraLayout:
 
     def views(self, flat_P: Tensor) -> LoraViews:
         """The matrices within ``flat_P``, which shares their memory."""
-        views = {}
-        for group in self.groups:
-            first, last = group.As[0], group.As[-1]
-            A_RK = flat_P[first.start : last.stop].view(-1, first.shape[1])
-            views[group.key] = LoraGroup(A_RK, tuple(B.of(flat_P) for B in group.Bs))
-        return views
+        return LoraViews(self, flat_P)
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -138,7 +129,7 @@ class LoraLayout:
 
     def stacked(self, flat_SP: Tensor, key: str) -> StackedLora | None:
         """The group ``key`` within the flat buffers of several adapters; None if they have no such group."""
-        group = self._groups_by_key.get(key)
+        group = self.by_key.get(key)
         if group is None:
             return None
         first, last = group.As[0], group.As[-1]
@@ -168,6 +159,45 @@ class LoraLayout:
             if not np.isfinite(array).all():
                 raise InvalidInput(f"{field}[{name}]", "NaN or infinity", "must be finite")
             matrix.of(flat_P).copy_(torch.tensor(array, dtype=torch.float32))
+
+
+class LoraViews(Mapping[str, LoraGroup]):
+    """The matrices within a flat buffer, keyed as ``group_key`` names them, ``lm_head`` included; a group that the spec
+    does not train is absent. A group's are made when they are asked for: there are hundreds."""
+
+    def __init__(self, layout: LoraLayout, flat_P: Tensor) -> None:
+        self._layout = layout
+        self._flat_P = flat_P
+        self._address, self._item_bytes = flat_P.data_ptr(), flat_P.element_size()
+        self._made: dict[str, LoraGroup] = {}
+
+    def __getitem__(self, key: str) -> LoraGroup:
+        made = self._made.get(key)
+        if made is None:
+            group = self._layout.by_key[key]
+            first, last = group.As[0], group.As[-1]
+            A_RK = self._flat_P[first.start : last.stop].view(-1, first.shape[1])
+            made = self._made[key] = LoraGroup(A_RK, tuple(B.of(self._flat_P) for B in group.Bs))
+        return made
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._layout.by_key
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout.by_key)
+
+    def __len__(self) -> int:
+        return len(self._layout.by_key)
+
+    def addresses(self, key: str) -> tuple[int, int]:
+        """Where A and the first B of a group begin; 0 if there is no such group."""
+        group = self._layout.by_key.get(key)
+        if group is None:
+            return 0, 0
+        return (
+            self._address + group.As[0].start * self._item_bytes,
+            self._address + group.Bs[0].start * self._item_bytes,
+        )
 
 
 @lru_cache(maxsize=256)
