@@ -65,14 +65,14 @@ def passes_of(workload: Training, max_rows: int, share_prefixes: bool = True) ->
     for number, data in enumerate(workload.tenants):
         cuts = cut([datum.tokens_T for datum in data], max_rows) if share_prefixes else _cut_apart(data, max_rows)
         for piece in cuts:
-            is_last = piece.stop == len(data)
             part = RunLoss(
                 str(number),
-                data[piece.first : piece.stop],
+                tuple(data[index] for index in piece.numbers),
                 "cross_entropy",
                 operation_id=str(number),
                 first_datum=piece.first,
-                is_last=is_last,
+                datum_numbers=piece.numbers,
+                is_last=piece is cuts[-1],
             )
             num_rows += piece.num_rows
             if not passes or num_rows > max_rows:
@@ -87,9 +87,10 @@ def _cut_apart(data: Sequence[Datum], max_rows: int) -> list[Cut]:
     cuts: list[Cut] = []
     for index, datum in enumerate(data):
         if cuts and cuts[-1].num_rows + datum.num_tokens <= max_rows:
-            cuts[-1] = Cut(cuts[-1].first, index + 1, cuts[-1].num_rows + datum.num_tokens)
+            last = cuts[-1]
+            cuts[-1] = Cut(last.first, (*last.numbers, index), last.num_rows + datum.num_tokens)
         else:
-            cuts.append(Cut(index, index + 1, datum.num_tokens))
+            cuts.append(Cut(index, (index,), datum.num_tokens))
     return cuts
 
 

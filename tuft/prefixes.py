@@ -1,7 +1,8 @@
 """Sequences that begin alike: which tokens a pass has to compute, and how an operation is cut into passes.
 
-In a group of answers to one prompt, or in the turns of one conversation, each sequence begins like the one before it.
-What it shares with its predecessor is computed once. Pure numpy: the service cuts, the engine computes.
+In a group of answers to one prompt, or in the turns of one conversation, sequences begin alike. What a sequence shares
+with the one before it is computed once, so where it pays those that begin alike are computed one after the other, in
+whatever order the user gave them. Pure numpy: the service cuts, the engine computes.
 """
 
 from __future__ import annotations
@@ -33,26 +34,35 @@ def shared_with_previous(sequences: Sequence[Int64Array]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The sequences ``first:stop`` of an operation, whose distinct tokens are ``num_rows``."""
+    """Sequences of an operation that are computed in one pass, by their ``numbers`` in the order the user gave, which
+    need ``num_rows`` rows (distinct tokens) together. ``first``: how many sequences the cuts before it hold."""
 
     first: int
-    stop: int
+    numbers: tuple[int, ...]
     num_rows: int
 
 
 def cut(sequences: Sequence[Int64Array], max_rows: int) -> list[Cut]:
-    """Consecutive sequences, as many as need no more than ``max_rows`` rows together; one that needs more by itself
-    stands alone. The cut depends on the operation alone, so its gradients are summed in the same order whoever shares
-    its passes."""
-    shared = shared_with_previous(sequences)
+    """Sequence after sequence, as many as need no more than ``max_rows`` rows together; one that needs more by itself
+    stands alone. They are taken in the order given, or, if fewer rows are needed that way, sorted, so that all that
+    begin alike stand together. The cut depends on the operation alone, so its gradients are summed in the same order
+    whoever shares its passes."""
+    keys = [sequence.tobytes() for sequence in sequences]  # any order of tokens will do, also that of their bytes
+    orders = range(len(sequences)), sorted(range(len(sequences)), key=keys.__getitem__)
+    ways = (_cut_in(order, sequences, max_rows) for order in orders)
+    return min(ways, key=lambda cuts: sum(piece.num_rows for piece in cuts))
+
+
+def _cut_in(order: Sequence[int], sequences: Sequence[Int64Array], max_rows: int) -> list[Cut]:
+    shared = shared_with_previous([sequences[number] for number in order])
     cuts: list[Cut] = []
     first = num_rows = 0
-    for index, sequence in enumerate(sequences):
-        own = len(sequence) - shared[index]
+    for index, number in enumerate(order):
+        own = len(sequences[number]) - shared[index]
         if index > first and num_rows + own > max_rows:
-            cuts.append(Cut(first, index, num_rows))
-            first, num_rows, own = index, 0, len(sequence)
+            cuts.append(Cut(first, tuple(order[first:index]), num_rows))
+            first, num_rows, own = index, 0, len(sequences[number])
         num_rows += own
-    if len(sequences) > first:
-        cuts.append(Cut(first, len(sequences), num_rows))
+    if len(order) > first:
+        cuts.append(Cut(first, tuple(order[first:]), num_rows))
     return cuts

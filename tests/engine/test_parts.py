@@ -24,6 +24,7 @@ from tests.engine.test_trainer import (
 )
 from tuft.engine.base import RunLoss
 from tuft.engine.losses import LOSSES, Loss
+from tuft.engine.packing import pack
 from tuft.engine.trainer import Trainer
 from tuft.errors import EngineError, InvalidInput, UserError
 from tuft.models.decoder import Decoder, Precision
@@ -51,6 +52,32 @@ def test_an_operation_in_parts_is_the_whole_operation(precision: Precision) -> N
     assert all(np.array_equal(a, b) for a, b in zip(result.logprobs, expected.logprobs, strict=True))
     error = relative_error(gradients_of(cut_up).numpy(), gradients_of(whole).numpy())
     assert error < (1e-6 if precision == "float32" else 1e-2)
+
+
+def shuffled_groups() -> tuple[Datum, ...]:
+    """Four answers to each of three prompts of 50 tokens, the first answers first, then the second, ...; one of them
+    has two targets a token."""
+    groups = [tree([(0, 60), (50, 20), (50, 30), (50, 12)], seed) for seed in range(3)]
+    data = [datum for answers in zip(*groups, strict=True) for datum in answers]
+    inputs = data[4].loss_fn_inputs.items()
+    data[4] = replace(data[4], loss_fn_inputs={name: np.stack([given, given[::-1]], axis=1) for name, given in inputs})
+    return tuple(data)
+
+
+@pytest.mark.parametrize("max_rows", [100, 1000])
+def test_data_in_any_order_share_beginnings_and_come_back_in_theirs(max_rows: int) -> None:
+    decoder, data = tiny_decoder("float32"), shuffled_groups()
+    together, alone = new_adapter(decoder), new_adapter(decoder)
+    trainer, operation = Trainer(decoder, max_rows), cross_entropy("a", data)
+    parts = in_parts(operation, max_rows)
+    assert sum(len(pack([part.data], True).tokens_T) for part in parts) < 0.7 * operation.num_tokens
+    assert len(parts) == (6 if max_rows == 100 else 1)
+    result = run_one(trainer, operation, together)
+    expected = [run_one(trainer, cross_entropy("a", (datum,)), alone) for datum in data]
+    for logprobs, of_one in zip(result.logprobs, expected, strict=True):
+        np.testing.assert_allclose(logprobs, of_one.logprobs[0], rtol=0, atol=1e-5)
+    assert result.metrics["loss:sum"] == pytest.approx(sum(of_one.metrics["loss:sum"] for of_one in expected), rel=1e-6)
+    assert relative_error(gradients_of(together).numpy(), gradients_of(alone).numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -126,6 +153,26 @@ def test_what_is_not_finite_is_named_by_its_place_in_the_operation() -> None:
     assert adapter.gradients_P is None
 
 
+@pytest.mark.parametrize("culprit", range(12))
+def test_a_datum_computed_out_of_order_is_named_by_its_place_in_the_operation(culprit: int) -> None:
+    decoder, good = tiny_decoder("float32"), shuffled_groups()
+    inputs = good[culprit].loss_fn_inputs
+    bad_target = inputs | {"target_tokens": np.full_like(inputs["target_tokens"], 384)}
+    huge_weight = inputs | {"weights": np.full_like(inputs["weights"], 3e38)}
+    for bad, message in (
+        (bad_target, f"data[{culprit}].loss_fn_inputs.target_tokens[0]"),
+        (huge_weight, f"data[{culprit}].loss_fn_inputs: the loss is not finite"),
+    ):
+        data = [*good]
+        data[culprit] = replace(data[culprit], loss_fn_inputs=bad)
+        adapter, trainer = new_adapter(decoder), Trainer(decoder, 100)
+        replies = [
+            run_all(trainer, [part], {"a": adapter})[0] for part in in_parts(cross_entropy("a", tuple(data)), 100)
+        ]
+        assert message in str(replies[-1])
+        assert adapter.gradients_P is None
+
+
 def test_what_a_failed_pass_has_left_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The culprit's rows come last, so the pass fails when the other's losses and head gradients are there already."""
     monkeypatch.setitem(LOSSES, "raising", Loss(raising))
@@ -152,7 +199,7 @@ def test_a_forgotten_operation_leaves_nothing_and_says_so() -> None:
     trainer.forget("a")
     late, done = run_all(trainer, [second, other_last], {"a": adapter, "b": new_adapter(decoder)})
     assert isinstance(late, EngineError)
-    assert f"data[{second.first_datum}]" in str(late)
+    assert f"data[{second.numbers[0]}]" in str(late)
     assert isinstance(done, LossResult)
     assert run_all(trainer, rest, {"a": adapter}) == [late] * len(rest)
     run_one(trainer, cross_entropy("a", data_of()), adapter)

@@ -91,6 +91,12 @@ def test_top_p_reaches_past_the_first_candidates_in_a_flat_distribution() -> Non
     assert len({draw(flat, u, top_p=0.5)[0] for u in np.linspace(0, 0.999, 2000)}) > 1500
 
 
+def test_of_equals_the_first_in_the_vocabulary_are_kept() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.4, 0.2, 0.2]).log()
+    assert {draw(logits, u, top_k=4)[0] for u in np.linspace(0, 0.999, 50)} == {1, 2, 3, 4}
+    assert {draw(logits, u, top_p=0.6)[0] for u in np.linspace(0, 0.999, 50)} == {1, 2, 3}
+
+
 def test_top_p_counts_within_what_top_k_left() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     seen = {draw(logits, u, top_k=2, top_p=0.5)[0] for u in np.linspace(0, 0.999, 50)}

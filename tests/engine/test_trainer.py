@@ -66,9 +66,10 @@ def in_parts(operation: RunLoss, max_rows: int, operation_id: str = "operation")
     return [
         replace(
             operation,
-            data=operation.data[piece.first : piece.stop],
+            data=tuple(operation.data[number] for number in piece.numbers),
             operation_id=operation_id,
             first_datum=piece.first,
+            datum_numbers=piece.numbers,
             is_last=piece is cuts[-1],
         )
         for piece in cuts

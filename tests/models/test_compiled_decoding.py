@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,8 @@ def drawn(
         torch.tensor(rows),
         torch.tensor([one.temperature for one in draws], dtype=torch.float32),
         torch.tensor([one.uniform for one in draws], dtype=torch.float64),
+        torch.tensor([one.top_k for one in draws]),
+        torch.tensor([one.top_p for one in draws], dtype=torch.float64),
     )
     lora = PackedAdapters(SHAPES, x.dtype).tables(adapters)
     tokens, logprobs = KERNELS.draw(logits, x, head, wanted, lora)
@@ -121,6 +125,23 @@ def test_float32_draws_are_those_of_torch() -> None:
     x, head = random(16, WIDTH), random(VOCAB_SIZE, WIDTH, seed=1)
     logits, draws = x @ head.T / 4, some_draws(16)
     tokens, logprobs = drawn(logits, x, head, draws, list(range(16)), [None] * 16)
+    expected_tokens, expected_logprobs = draw_tokens(logits, draws)
+    assert tokens == expected_tokens
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (5, 1.0), (-1, 0.05), (-1, 0.9), (40, 0.5), (2000, 0.999), (3, 0.01), (-1, 1e-9)]
+)
+@pytest.mark.parametrize("are_rounded", [False, True])
+def test_truncated_draws_are_those_of_torch(are_rounded: bool, top_k: int, top_p: float) -> None:
+    """Rounded logits have many equals, of which the first in the vocabulary are kept."""
+    x, head = random(48, WIDTH), random(VOCAB_SIZE, WIDTH, seed=1)
+    logits = x @ head.T / 4
+    if are_rounded:
+        logits = (logits * 4).round() / 4
+    draws = [replace(one, top_k=top_k, top_p=top_p) for one in some_draws(48)]
+    tokens, logprobs = drawn(logits, x, head, draws, list(range(48)), [None] * 48)
     expected_tokens, expected_logprobs = draw_tokens(logits, draws)
     assert tokens == expected_tokens
     np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-6)

@@ -161,6 +161,24 @@ def test_a_common_beginning_counts_once() -> None:
     assert (part.num_rows, part.is_last) == (90, True)
 
 
+def test_a_shuffled_group_is_cut_as_one_in_order() -> None:
+    """Two prompts of 60 tokens, 40 answers of one token to each."""
+    grouped = [np.append(np.full(60, prompt), 1000 + answer) for prompt in (1, 2) for answer in range(40)]
+    places = np.random.default_rng(0).permutation(80).tolist()
+    cuts = []
+    for sequences in (grouped, [grouped[place] for place in places]):
+        data = tuple(Datum(tokens_T, {}) for tokens_T in sequences)
+        queue = filled(Operation("a", "a", 1, "a/1", RunLoss("a", data, "cross_entropy")))
+        parts = [part for parts in passes(queue) for part in parts]
+        works = [part.work for part in parts if isinstance(part.work, RunLoss)]
+        for work in works:
+            assert all(datum is data[number] for number, datum in zip(work.numbers, work.data, strict=True))
+        assert sorted(number for work in works for number in work.numbers) == list(range(80))
+        assert [(work.first_datum, work.is_last) for work in works] == [(0, False), (40, True)]
+        cuts.append([part.num_rows for part in parts])
+    assert cuts == [[100, 100]] * 2
+
+
 def test_a_part_larger_than_a_pass_goes_alone() -> None:
     queue = filled(loss("a", 1, 500), loss("b", 1, 10), loss("c", 1, 495))
     assert [names(parts) for parts in passes(queue)] == [["b/1"], ["c/1"], ["a/1"]]
@@ -289,7 +307,7 @@ def test_every_part_runs_once_in_order_and_a_pass_keeps_its_bound(calls: list[tu
         for part in parts:
             assert isinstance(part.work, RunLoss)
             seen.setdefault(part.operation.run_id, []).extend(
-                (part.operation.seq, part.work.first_datum + index) for index in range(len(part.work.data))
+                (part.operation.seq, number) for number in part.work.numbers
             )
     assert queue.num_ready == 0
     expected: dict[str, list[tuple[int, int]]] = {}

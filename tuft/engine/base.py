@@ -91,13 +91,14 @@ class DropAdapter:
 
 @dataclass(frozen=True, slots=True)
 class RunLoss:
-    """A part of one forward (``backward`` False) or forward_backward: consecutive data of it, computed in one pass.
+    """A part of one forward (``backward`` False) or forward_backward: data of it that are computed in one pass.
 
     An operation is cut into parts (``tuft.prefixes.cut``), sent in order, each once; one that fits a pass is a single
-    part. ``operation_id`` tells which parts belong together, ``first_datum`` is the index of the part's first datum in
-    the whole operation. The reply to the last part is the LossResult of all of it; to the others it is None. If a part
-    fails, so do all that follow, with the same error. Gradients are added to the adapter's only when the last part has
-    succeeded, so a failed operation leaves none.
+    part. ``operation_id`` tells which parts belong together, ``first_datum`` is how many data the parts before it hold.
+    ``datum_numbers`` are the places of the part's data in the order the user gave; without any, they are numbered on
+    from ``first_datum``. The reply to the last part is the LossResult of all of it, in the user's order; to the others
+    it is None. If a part fails, so do all that follow, with the same error. Gradients are added to the adapter's only
+    when the last part has succeeded, so a failed operation leaves none.
     """
 
     adapter_id: str
@@ -107,7 +108,13 @@ class RunLoss:
     backward: bool = True
     operation_id: str = ""
     first_datum: int = 0
+    datum_numbers: tuple[int, ...] = ()
     is_last: bool = True
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of each datum, the number by which its user knows it: ``data[number]`` of the whole operation."""
+        return self.datum_numbers or range(self.first_datum, self.first_datum + len(self.data))
 
     @property
     def num_tokens(self) -> int:

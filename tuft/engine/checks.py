@@ -24,8 +24,8 @@ def check_part(part: RunLoss, config: DecoderConfig) -> None:
             raise InvalidInput(f"loss_fn_config.{name}", value, allowed)
     if not part.data:
         raise InvalidInput("data", 0, "must hold at least one datum")
-    for index, datum in enumerate(part.data, part.first_datum):
-        _check_datum(f"data[{index}]", datum, loss, config)
+    for number, datum in zip(part.numbers, part.data, strict=True):
+        _check_datum(f"data[{number}]", datum, loss, config)
 
 
 def _check_datum(where: str, datum: Datum, loss: Loss, config: DecoderConfig) -> None:

@@ -43,25 +43,9 @@ def draw(
     draws: Sequence[Draw],
 ) -> Drawn:
     """``adapters`` are those of the rows of ``x_UD``, ``origins`` the row that each draw is from. What one draw gets
-    does not depend on the others: top-k and top-p have no kernels and go their own way."""
-    kernels = decoder.ops.decode
-    by_kernels = [kernels is not None and not one.is_truncated for one in draws]
-    tokens, logprobs = [0] * len(draws), [0.0] * len(draws)
-    for is_kernels in sorted(set(by_kernels)):
-        numbers = [n for n in range(len(draws)) if by_kernels[n] == is_kernels]
-        rows = sorted({origins[n] for n in numbers})
-        place = {row: index for index, row in enumerate(rows)}
-        found = (_by_kernels if is_kernels else _by_torch)(
-            decoder,
-            packed,
-            x_UD if len(rows) == len(x_UD) else x_UD[rows],
-            [adapters[row] for row in rows],
-            [place[origins[n]] for n in numbers],
-            [draws[n] for n in numbers],
-        )
-        for n, token, logprob in zip(numbers, *found, strict=True):
-            tokens[n], logprobs[n] = token, logprob
-    return tokens, logprobs
+    does not depend on the others."""
+    by = _by_torch if decoder.ops.decode is None else _by_kernels
+    return by(decoder, packed, x_UD, adapters, origins, draws)
 
 
 def _by_kernels(
@@ -80,6 +64,8 @@ def _by_kernels(
         torch.tensor(origins),
         torch.tensor([one.temperature for one in draws], dtype=torch.float32),
         torch.tensor([one.uniform for one in draws], dtype=torch.float64),
+        torch.tensor([one.top_k for one in draws]),
+        torch.tensor([one.top_p for one in draws], dtype=torch.float64),
     )
     lora = packed.tables([adapters[row] for row in origins])
     tokens_N, logprobs_N = kernels.draw(logits_UV, x_UD, decoder.head_VD, wanted, lora)

@@ -72,11 +72,15 @@ class PartInPass:
 
 
 class PendingOperation:
-    """What an operation's parts have produced so far; ``error``: why one of them failed, and with it all of it."""
+    """What an operation's parts have produced so far; ``error``: why one of them failed, and with it all of it.
+
+    Everything is kept in the order in which it was computed; ``finish`` puts the data into the order the user gave.
+    """
 
     def __init__(self) -> None:
         self.error: TuftError | None = None
         self.num_data = 0
+        self._numbers: list[int] = []
         self._shapes: list[tuple[int, ...]] = []
         self._values: defaultdict[str, list[Float32Array]] = defaultdict(list)
         self._gradients_P: Tensor | None = None
@@ -90,7 +94,7 @@ class PendingOperation:
         """Raises UserError that names the datum if anything is not finite."""
         values = done.values()
         shapes = [datum.loss_fn_inputs["target_tokens"].shape for datum in done.part.data]
-        _check_finite(values["logprobs"], values["loss:sum"], shapes, done.part.first_datum)
+        _check_finite(values["logprobs"], values["loss:sum"], shapes, done.part.numbers)
         if done.gradients_P is not None:
             # a part's gradients are summed by themselves first: what a failed pass left in a buffer goes with it
             if self._gradients_P is None:
@@ -101,6 +105,7 @@ class PendingOperation:
                 raise UserError("data: the gradients are not finite; loss_fn_inputs or adapter weights are too large")
         for name, values_M in values.items():
             self._values[name].append(values_M)
+        self._numbers += done.part.numbers
         self._shapes += shapes
 
     def finish(self, adapter: Adapter) -> LossResult:
@@ -113,11 +118,13 @@ class PendingOperation:
             name: float((np.mean if name.endswith(":mean") else np.sum)(values_M, dtype=np.float64))
             for name, values_M in values.items()
         }
-        logprobs = tuple(
-            logprobs_M[start:stop].reshape(shape)
-            for (start, stop), shape in zip(pairwise(_bounds(self._shapes)), self._shapes, strict=True)
-        )
-        return LossResult(logprobs, metrics)
+        of_datum = {
+            number: logprobs_M[start:stop].reshape(shape)
+            for number, (start, stop), shape in zip(
+                self._numbers, pairwise(_bounds(self._shapes)), self._shapes, strict=True
+            )
+        }
+        return LossResult(tuple(of_datum[number] for number in sorted(of_datum)), metrics)
 
 
 def _bounds(shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -126,10 +133,10 @@ def _bounds(shapes: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def _check_finite(
-    logprobs_M: Float32Array, loss_M: Float32Array, shapes: Sequence[tuple[int, ...]], first_datum: int
+    logprobs_M: Float32Array, loss_M: Float32Array, shapes: Sequence[tuple[int, ...]], numbers: Sequence[int]
 ) -> None:
-    for index, (start, stop) in enumerate(pairwise(_bounds(shapes)), first_datum):
+    for number, (start, stop) in zip(numbers, pairwise(_bounds(shapes)), strict=True):
         if not np.isfinite(logprobs_M[start:stop]).all():
-            raise UserError(f"data[{index}].logprobs: not finite; the adapter's weights have grown too large")
+            raise UserError(f"data[{number}].logprobs: not finite; the adapter's weights have grown too large")
         if not np.isfinite(loss_M[start:stop]).all():
-            raise UserError(f"data[{index}].loss_fn_inputs: the loss is not finite; its inputs are too large")
+            raise UserError(f"data[{number}].loss_fn_inputs: the loss is not finite; its inputs are too large")

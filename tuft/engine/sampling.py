@@ -79,25 +79,28 @@ def _choose(scaled_NV: Tensor, probs_NV: Tensor, draws: Sequence[Draw]) -> Tenso
         tokens_N[rows_M] = _inverse_cdf(probs_NV[rows_M], uniforms_M)
     for n, draw in enumerate(draws):
         if draw.temperature > 0 and draw.is_truncated:
-            ids_K, probs_K = _candidates(probs_NV[n], draw.top_k, draw.top_p)
-            uniforms_1 = torch.tensor([draw.uniform], dtype=torch.float64, device=probs_NV.device)
-            tokens_N[n] = ids_K[_inverse_cdf(probs_K[None], uniforms_1)[0]]
+            kept_1V = torch.where(_is_kept(probs_NV[n], draw.top_k, draw.top_p), probs_NV[n], 0.0)[None]
+            tokens_N[n] = _inverse_cdf(kept_1V, to_device([draw.uniform], probs_NV.device, torch.float64))[0]
     return tokens_N
 
 
-def _candidates(probs_V: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """The tokens that top-k and then top-p (of what top-k left) keep, likeliest first, and their probabilities."""
+def _is_kept(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which tokens top-k and then top-p (of what top-k left) keep; of equals the first in the vocabulary."""
     vocab_size = probs_V.shape[0]
-    probs_K, ids_K = probs_V.topk(min(top_k if top_k > 0 else _FIRST_CANDIDATES, vocab_size))
-    if top_p == 1.0:
-        return ids_K, probs_K
+    probs_K = probs_V.topk(min(top_k if top_k > 0 else _FIRST_CANDIDATES, vocab_size)).values
     mass_K = probs_K.double().cumsum(0)
-    if top_k <= 0 and float(mass_K[-1]) < top_p and len(ids_K) < vocab_size:
-        probs_K, ids_K = probs_V.sort(descending=True, stable=True)
+    if top_k <= 0 and float(mass_K[-1]) < top_p and len(probs_K) < vocab_size:
+        probs_K = probs_V.sort(descending=True).values
         mass_K = probs_K.double().cumsum(0)
-    total = float(mass_K[-1]) if top_k > 0 else 1.0
-    kept = 1 + int((mass_K < top_p * total).sum())  # the token that crosses top_p is kept
-    return ids_K[:kept], probs_K[:kept]
+    num_kept = len(probs_K)
+    if top_p < 1.0:
+        total = float(mass_K[-1]) if top_k > 0 else 1.0
+        num_kept = min(num_kept, 1 + int((mass_K < top_p * total).sum()))  # the token that crosses top_p is kept
+    least = probs_K[num_kept - 1]
+    is_kept_V = probs_V > least
+    equal = (probs_V == least).nonzero()[:, 0]
+    is_kept_V[equal[: num_kept - int(is_kept_V.sum())]] = True
+    return is_kept_V
 
 
 def _inverse_cdf(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:
@@ -112,6 +115,7 @@ def _inverse_cdf(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:
     total_M1 = mass_MB[:, -1:]
     target_M1 = torch.minimum(uniforms_M[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
     block_M1 = (mass_MB <= target_M1).sum(dim=-1, keepdim=True)
+    block_M1.clamp_(max=mass_MB.shape[1] - 1)  # beyond it only where a row has no mass, or NaN
     before_M1 = torch.nn.functional.pad(mass_MB, (1, 0)).gather(1, block_M1)
     inside_Mb = blocks_MBb[torch.arange(num_rows, device=probs_MV.device), block_M1[:, 0]]
     offset_M = (inside_Mb.double().cumsum(dim=-1) <= target_M1 - before_M1).sum(dim=-1)

@@ -92,12 +92,12 @@ class Trainer:
             return NotFound(f"adapter_id: got {part.adapter_id!r}; no such adapter is loaded")
         if part.backward and not adapter.trainable:
             return InvalidInput("adapter_id", part.adapter_id, "must be trainable, not frozen sampler weights")
-        if part.first_datum != (0 if pending is None else pending.num_data):
-            return EngineError(f"data[{part.first_datum}]: the parts before it were dropped with their adapter")
         try:
             check_part(part, self.decoder.config)
         except InvalidInput as error:
             return error
+        if part.first_datum != (0 if pending is None else pending.num_data):
+            return EngineError(f"data[{part.numbers[0]}]: the parts before it were dropped with their adapter")
         if pending is None and not part.is_last:
             pending = self._pending[_key(part)] = PendingOperation()
         if pending is not None:

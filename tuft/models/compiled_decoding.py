@@ -104,6 +104,8 @@ class CompiledDecode:
             self._work(work_bytes),
             work_bytes,
             head_VD.data_ptr(),
+            draws.top_ks_N.data_ptr(),
+            draws.top_ps_N.data_ptr(),
         )
         return tokens_N, logprobs_N
 

@@ -28,11 +28,13 @@ from tuft.types import Int64Array, LoraSpec
 @dataclass(frozen=True, slots=True)
 class Draws:
     """How tokens are drawn: ``rows_N`` int64, from which row of the logits; ``temperatures_N`` float32, 0 is greedy;
-    ``uniforms_N`` float64 in [0, 1)."""
+    ``uniforms_N`` float64 in [0, 1). ``top_ks_N`` int64, 0 or less is off; ``top_ps_N`` float64, 1 is off."""
 
     rows_N: Tensor
     temperatures_N: Tensor
     uniforms_N: Tensor
+    top_ks_N: Tensor
+    top_ps_N: Tensor
 
 
 @dataclass(frozen=True, slots=True)

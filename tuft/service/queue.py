@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from tuft.engine.base import OptimStep, RunLoss
@@ -230,20 +230,19 @@ def _parts(operation: Operation, pass_tokens: int) -> list[Part]:
     loss = operation.work
     if not isinstance(loss, RunLoss):
         return [Part(operation, loss)]
+    cuts = cut([datum.tokens_T for datum in loss.data], pass_tokens)
     return [
         Part(
             operation,
-            RunLoss(
-                loss.adapter_id,
-                loss.data[piece.first : piece.stop],
-                loss.loss_fn,
-                loss.loss_fn_config,
-                loss.backward,
-                operation.future_id,
-                piece.first,
-                piece.stop == len(loss.data),
+            replace(
+                loss,
+                data=tuple(loss.data[number] for number in piece.numbers),
+                operation_id=operation.future_id,
+                first_datum=piece.first,
+                datum_numbers=piece.numbers,
+                is_last=piece is cuts[-1],
             ),
             piece.num_rows,
         )
-        for piece in cut([datum.tokens_T for datum in loss.data], pass_tokens)
+        for piece in cuts
     ]

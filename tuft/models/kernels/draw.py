@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tuft.models.kernels.native import arguments, array, inlined, kernel, loaded, turn
+from tuft.models.kernels.native import arguments, array, as_float32, inlined, kernel, loaded, turn
 from tuft.models.kernels.vectors import (
     LANES,
     add,
@@ -25,6 +25,7 @@ from tuft.models.kernels.vectors import (
     spread,
     store,
     total,
+    zero_where_below,
 )
 
 BLOCK_TOKENS = 128
@@ -128,6 +129,95 @@ def _token_at(probs: Any, masses: Any, target: Any) -> int:
     return token
 
 
+# --- top-k and top-p --------------------------------------------------------------------------------------------------
+#
+# Exponentials are not negative, so their bits as whole numbers are in their own order: the smallest that is kept is
+# found bit by bit, without sorting. Of equals the first in the vocabulary are kept.
+
+
+@inlined
+def _count_from(bits: Any, limit: int) -> int:
+    count = 0
+    for v in range(len(bits)):
+        count += 1 if bits[v] >= limit else 0
+    return count
+
+
+@inlined
+def _mass_from(probs_at: int, num_blocks: int, limit: int) -> Any:
+    least, mass = spread(as_float32(limit)), np.float64(0)
+    for block in range(num_blocks):
+        sums = spread(np.float32(0))
+        start = probs_at + block * BLOCK_TOKENS * _F32_BYTES
+        for v in range(0, BLOCK_TOKENS, LANES):
+            e = load(start + v * _F32_BYTES, np.float32)
+            sums = add(sums, zero_where_below(e, e, least))
+        mass += np.float64(total(sums))
+    return mass
+
+
+@inlined
+def _keep(probs: Any, bits: Any, least: int, num_equal: int) -> None:
+    """Zero all below ``least``, and of those that equal it all but the first ``num_equal``."""
+    for v in range(len(probs)):
+        if bits[v] < least:
+            probs[v] = np.float32(0)
+        elif bits[v] == least:
+            if num_equal <= 0:
+                probs[v] = np.float32(0)
+            num_equal -= 1
+
+
+@inlined
+def _keep_top_k(probs: Any, bits: Any, top_k: int, peak: int) -> None:
+    least, beyond = 0, bits[peak] + 1
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        if _count_from(bits, middle) >= top_k:
+            least = middle
+        else:
+            beyond = middle
+    _keep(probs, bits, least, top_k - _count_from(bits, least + 1))
+
+
+@inlined
+def _keep_top_p(probs_at: int, probs: Any, bits: Any, wanted: Any, peak: int) -> None:
+    """The fewest that have the mass ``wanted`` together."""
+    num_blocks = len(probs) // BLOCK_TOKENS
+    least, beyond = 0, bits[peak] + 1
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        if _mass_from(probs_at, num_blocks, middle) >= wanted:
+            least = middle
+        else:
+            beyond = middle
+    num_equal = 1
+    if least > 0:
+        above = _mass_from(probs_at, num_blocks, least + 1)
+        num_equal = max(1, int(np.ceil((wanted - above) / np.float64(as_float32(least)))))
+    _keep(probs, bits, least, num_equal)
+
+
+@inlined
+def _truncated_mass(scores_at: int, masses: Any, top_k: int, top_p: Any, mass: Any, peak: int) -> Any:
+    """Leave only what top-k and then top-p keep; returns the mass of that, and each block's in ``masses``."""
+    padded = len(masses) * BLOCK_TOKENS
+    probs, bits = array(scores_at, padded, np.float32), array(scores_at, padded, np.int32)
+    if top_k > 0:
+        _keep_top_k(probs, bits, top_k, peak)
+        mass = _mass_from(scores_at, len(masses), 0)
+    if top_p < 1:
+        _keep_top_p(scores_at, probs, bits, top_p * mass, peak)
+    kept = np.float64(0)
+    for block in range(len(masses)):
+        masses[block] = _mass_from(scores_at + block * BLOCK_TOKENS * _F32_BYTES, 1, 0)
+        kept += masses[block]
+    return kept
+
+
+# --- a draw -----------------------------------------------------------------------------------------------------------
+
+
 @inlined
 def _draw(p: Any, dtype: Any, size: int, is_rounded: bool) -> None:
     a = arguments(p)
@@ -140,6 +230,7 @@ def _draw(p: Any, dtype: Any, size: int, is_rounded: bool) -> None:
         array(a[10], num_draws, np.int64),
         array(a[11], num_draws, np.float32),
     )
+    top_ks_N, top_ps_N = array(a[17], num_draws, np.int64), array(a[18], num_draws, np.float64)
     tokens_N, logprobs_N = array(a[12], num_draws, np.int64), array(a[13], num_draws, np.float32)
     num_blocks = (width + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     padded = num_blocks * BLOCK_TOKENS
@@ -162,14 +253,16 @@ def _draw(p: Any, dtype: Any, size: int, is_rounded: bool) -> None:
         factor = np.float32(1)
         if temperatures_N[n] > 0:
             factor = np.float32(1) / temperatures_N[n]
-        token = peak
-        if temperatures_N[n] == 0:
-            token = _argmax(scores, scores_at)
+        likeliest = _argmax(scores, scores_at)  # another than the peak if that is less than its rounded logit was
+        token = likeliest
         peak_logit = scores[peak]
         offset *= factor
         mass = _masses(scores_at, masses, factor, offset)
         if temperatures_N[n] > 0:
-            token = _token_at(scores, masses, uniforms_N[n] * mass)
+            kept = mass
+            if top_ks_N[n] > 0 or top_ps_N[n] < 1:
+                kept = _truncated_mass(scores_at, masses, top_ks_N[n], top_ps_N[n], mass, likeliest)
+            token = _token_at(scores, masses, uniforms_N[n] * kept)
         row = array(logits_at, width, dtype)
         logit = loaded(row[token])
         if token == peak:

@@ -112,6 +112,16 @@ def as_double(context: Any, bits: Any) -> Any:  # noqa: ARG001
     return types.float64(types.int64), lambda c, b, s, args: b.bitcast(args[0], ir.DoubleType())  # noqa: ARG005
 
 
+@intrinsic
+def as_float32(context: Any, bits: Any) -> Any:  # noqa: ARG001
+    """The float32 whose bits are the lower half of a whole number."""
+
+    def generate(c: Any, b: Any, s: Any, args: Any) -> Any:  # noqa: ARG001
+        return b.bitcast(b.trunc(args[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), generate
+
+
 @inlined
 def arguments(p: Any) -> Any:
     """The kernel's arguments, by number."""
