@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from tuft.engine.device import choose_device, choose_precision
+from tuft.engine.base import EngineSettings
+from tuft.engine.device import choose_device, choose_precision, settled
 from tuft.errors import ConfigError
 
 
@@ -22,6 +23,16 @@ def test_the_cpu_can_always_be_chosen() -> None:
 def test_a_device_that_is_not_here_is_refused(wanted: str) -> None:
     with pytest.raises(ConfigError, match=r"engine\.device"):
         choose_device(wanted)
+
+
+def test_what_settings_leave_open_is_what_suits_the_device() -> None:
+    assert settled(EngineSettings(device="cpu", micro_batch_tokens=0)).micro_batch_tokens == 1024
+    assert settled(EngineSettings(device="cpu", micro_batch_tokens=300)).micro_batch_tokens == 300
+
+
+def test_gpu_memory_for_adapters_is_refused_where_there_is_no_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.adapter_memory_gib: got 2; needs a GPU"):
+        settled(EngineSettings(device="cpu", adapter_memory_gib=2.0))
 
 
 def test_auto_precision_is_bf16_only_where_the_hardware_has_it() -> None:

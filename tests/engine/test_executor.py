@@ -27,7 +27,16 @@ from tuft.engine.executor import Executor
 from tuft.engine.loaded import LoadedModel, load_models
 from tuft.engine.mailbox import Batch, Reply
 from tuft.errors import EngineError, InvalidInput
-from tuft.types import AdamParams, AdapterState, Datum, LoraSpec, LossResult, OptimStepResult, SamplingParams
+from tuft.types import (
+    AdamParams,
+    AdapterState,
+    Datum,
+    LoraSpec,
+    LossResult,
+    OptimStepResult,
+    SampleResult,
+    SamplingParams,
+)
 
 MODEL, OTHER = "qwen", "llama"
 PASS = 64
@@ -49,7 +58,9 @@ class _Answered(BaseException):
     """All commands are answered: the executor may end."""
 
 
-def replies(models: Sequence[LoadedModel], *batches: Sequence[Command]) -> list[tuple[int, object]]:
+def replies(
+    models: Sequence[LoadedModel], *batches: Sequence[Command], max_bytes: int | None = None
+) -> list[tuple[int, object]]:
     """What an executor that finds ``batches`` in its mailbox says, in order; commands are numbered from 0."""
     inbox: SimpleQueue[Batch] = SimpleQueue()
     said: list[tuple[int, object]] = []
@@ -64,7 +75,7 @@ def replies(models: Sequence[LoadedModel], *batches: Sequence[Command]) -> list[
             raise _Answered
 
     with pytest.raises(_Answered):
-        Executor(Adapters(models), inbox, send, PASS).run()
+        Executor(Adapters(models, max_bytes), inbox, send, PASS).run()
     return said
 
 
@@ -129,6 +140,29 @@ def test_no_command_passes_another_of_its_adapter(models: list[LoadedModel]) -> 
     losses = [result.metrics["loss:sum"] for _, result in said if isinstance(result, LossResult)]
     assert losses[0] == losses[1]  # fresh adapters change nothing
     assert losses[3] < losses[2] < losses[0]
+
+
+def test_adapters_that_leave_the_device_between_turns_are_none_the_worse(models: list[LoadedModel]) -> None:
+    """Room for none: each turn fetches the adapters it wants and lets go of all others; a sample keeps its own."""
+    sample = Sample(MODEL, "a", (5, 6, 7), SamplingParams(max_tokens=30, stop=(), seed=1))
+    work = [[loss("a"), loss("b")], [step("a")], [loss("b"), step("b")], [sample], [loss("c")], [step("c"), loss("a")]]
+    exports: list[Command] = [ExportAdapter(name, True) for name in ("a", "b", "c")]
+    paged, kept = (
+        dict(replies(models, create("a", "b", "c"), *work, exports, max_bytes=max_bytes)) for max_bytes in (1, None)
+    )
+    assert paged.keys() == kept.keys()
+    for number, expected in kept.items():
+        actual = paged[number]
+        assert type(actual) is type(expected)
+        if isinstance(expected, AdapterState):
+            assert isinstance(actual, AdapterState)
+            for name, array in expected.exp_avg.items():
+                np.testing.assert_array_equal(actual.exp_avg[name], array)
+        elif isinstance(expected, SampleResult):
+            assert isinstance(actual, SampleResult)
+            np.testing.assert_array_equal(actual.sequences[0].tokens_N, expected.sequences[0].tokens_N)
+        else:
+            assert str(actual) == str(expected)
 
 
 def test_losses_of_two_base_models_are_answered_together(models: list[LoadedModel]) -> None:

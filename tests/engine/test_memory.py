@@ -8,8 +8,9 @@ from tests.engine.reference import CPU
 from tests.models.tiny import make_tiny_model
 from tuft.engine.base import EngineSettings
 from tuft.engine.kv_pages import KvPages, num_pages_of
-from tuft.engine.memory import memory_plan
+from tuft.engine.memory import adapter_memory, memory_left, memory_plan
 from tuft.engine.packing import pack
+from tuft.errors import ConfigError
 from tuft.models.decoder import Decoder, Precision
 from tuft.models.load import load_weights
 from tuft.models.lora import Adapter
@@ -51,6 +52,19 @@ def test_a_pass_keeps_about_what_was_told(decoder: Decoder) -> None:
         decoder.hidden(torch.as_tensor(packed.tokens_T), torch.as_tensor(packed.positions_T), attention, [])
     weights = decoder.config.num_parameters * decoder.dtype.itemsize
     assert 0.5 * training.num_bytes < sum(kept.values()) < 2 * training.num_bytes + weights
+
+
+def test_adapters_may_have_what_passes_and_samples_leave(decoder: Decoder) -> None:
+    assert adapter_memory([decoder], SETTINGS) is None  # on a CPU
+    _, training, samples, _ = memory_plan(decoder.config, SETTINGS, decoder.dtype.itemsize, is_packed=False)
+    planned = training.num_bytes + samples.num_bytes
+    assert 0 < memory_left(2 * planned, [decoder], SETTINGS) < planned
+    assert memory_left(2 * planned, [decoder, decoder], SETTINGS) < memory_left(2 * planned, [decoder], SETTINGS)
+
+
+def test_a_plan_that_leaves_nothing_is_an_error_that_names_what_to_lower(decoder: Decoder) -> None:
+    with pytest.raises(ConfigError, match=r"lower engine\.micro_batch_tokens or engine\.kv_cache_tokens"):
+        memory_left(2**20, [decoder], EngineSettings())
 
 
 def test_packed_weights_are_told_of(decoder: Decoder) -> None:

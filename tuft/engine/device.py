@@ -25,9 +25,10 @@ _PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto``: a CUDA device if there is one, else the CPU. Raises ConfigError if ``wanted`` is not here."""
+    """``auto``: a CUDA device if there is one, else the CPU. A CUDA device always has its number, as its tensors
+    say it. Raises ConfigError if ``wanted`` is not here."""
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -37,7 +38,7 @@ def choose_device(wanted: str) -> torch.device:
     num_cuda = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_cuda:
         raise ConfigError(f"engine.device: got {wanted!r}; this machine has {num_cuda} CUDA devices")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def settled(settings: EngineSettings) -> EngineSettings:

@@ -33,6 +33,8 @@ def load_models(sources: Sequence[BaseModelSource], settings: EngineSettings) ->
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs and streams are the current device's
     return [_load_model(source, settings, device) for source in sources]
 
 
