@@ -9,17 +9,14 @@ from tuft.models.kernels import attention, attention_backward
 from tuft.models.kernels.native import double_bits
 from tuft.models.kernels.products import TILE
 from tuft.models.tiled_attention import TILE_ROWS, TileTables
+from tuft.models.workspace import Workspace
 
 assert TILE_ROWS == TILE
 
-_LINE_BYTES = 64
-
 
 class CompiledAttention:
-    """The workspace is shared by all calls, which follow each other."""
-
     def __init__(self) -> None:
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = Workspace()
 
     def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, tables: TileTables) -> tuple[Tensor, Tensor]:
         num_rows, num_heads, d = q_THd.shape
@@ -32,7 +29,7 @@ class CompiledAttention:
             *_given((q_THd, k_TGd, v_TGd), tables.branch_costs, tables),
             out_THd.data_ptr(),
             stats_TH2.data_ptr(),
-            *self._reserved(num_bytes),
+            *self._workspace.of_threads(num_bytes),
         )
         return out_THd, stats_TH2
 
@@ -57,7 +54,7 @@ class CompiledAttention:
             *_given(qkv, tables.tree_costs, tables),
             out_THd.data_ptr(),
             stats_TH2.data_ptr(),
-            *self._reserved(num_bytes),
+            *self._workspace.of_threads(num_bytes),
             dout_THd.data_ptr(),
             dq_THd.data_ptr(),
             dqkv.stride(0) * size,
@@ -65,14 +62,6 @@ class CompiledAttention:
             dv_TGd.data_ptr(),
         )
         return dq_THd, dk_TGd, dv_TGd
-
-    def _reserved(self, bytes_per_thread: int) -> tuple[int, int]:
-        """Address and size of the memory of each thread of the team."""
-        bytes_per_thread = -(-bytes_per_thread // _LINE_BYTES) * _LINE_BYTES
-        needed = bytes_per_thread * torch.get_num_threads()
-        if len(self._workspace) < needed:
-            self._workspace = torch.empty(needed, dtype=torch.uint8)
-        return self._workspace.data_ptr(), bytes_per_thread
 
 
 def _work(costs: Tensor, num_heads: int, d: int) -> int:

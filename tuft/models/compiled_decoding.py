@@ -12,15 +12,16 @@ from tuft.models.kernels import draw, lora_rows, paged_attention
 from tuft.models.kernels.native import double_bits
 from tuft.models.kernels.vectors import LANES
 from tuft.models.paged_attention import PAGE_TOKENS, PageTables
+from tuft.models.workspace import Workspace
 
 assert PAGE_TOKENS == LANES  # the scores of a page are one vector
 
 
 class CompiledDecode:
-    """bf16 and float32. The workspace is shared by all calls, which follow each other."""
+    """bf16 and float32."""
 
     def __init__(self) -> None:
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = Workspace()
 
     def step(self, config: DecoderConfig, weights: StepWeights) -> CompiledStep | None:
         return CompiledStep(config, weights) if CompiledStep.takes(config, weights.embed_VD.dtype) else None
@@ -30,6 +31,7 @@ class CompiledDecode:
         num_kv_heads, size, pages = k_BGd.shape[1], q_BHd.element_size(), tables.pages
         max_pages = tables.table_BW.shape[1]
         out_BHd = torch.empty(num_rows, num_heads, d, dtype=q_BHd.dtype)
+        work, _ = self._workspace.of_threads(4 * (num_heads // num_kv_heads * d + max_pages * PAGE_TOKENS))
         attend = paged_attention.attend_bf16 if q_BHd.dtype == torch.bfloat16 else paged_attention.attend_float32
         attend(
             sum(tables.lengths) * num_heads * d,
@@ -41,7 +43,7 @@ class CompiledDecode:
             double_bits(d**-0.5),
             tables.table_BW.data_ptr(),
             tables.lengths_B.data_ptr(),
-            self._work(4 * (num_heads // num_kv_heads * d + max_pages * PAGE_TOKENS)),
+            work,
             q_BHd.data_ptr(),
             q_BHd.stride(0) * size,
             k_BGd.data_ptr(),
@@ -74,7 +76,7 @@ class CompiledDecode:
             x_BK.stride(0) * size,
             y_BN.data_ptr(),
             y_BN.stride(0) * size,
-            self._work(4 * row_floats),
+            self._workspace.of_threads(4 * row_floats)[0],
             row_floats,
         )
 
@@ -101,17 +103,10 @@ class CompiledDecode:
             lora.scales_B.data_ptr(),
             tokens_N.data_ptr(),
             logprobs_N.data_ptr(),
-            self._work(work_bytes),
+            self._workspace.of_threads(work_bytes)[0],
             work_bytes,
             head_VD.data_ptr(),
             draws.top_ks_N.data_ptr(),
             draws.top_ps_N.data_ptr(),
         )
         return tokens_N, logprobs_N
-
-    def _work(self, bytes_per_thread: int) -> int:
-        """The address of memory for every thread of the team."""
-        needed = bytes_per_thread * torch.get_num_threads()
-        if len(self._workspace) < needed:
-            self._workspace = torch.empty(needed, dtype=torch.uint8)
-        return self._workspace.data_ptr()

@@ -6,7 +6,7 @@ of a group, ``L`` its linears, ``S`` segments, ``J`` blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from tuft.models.kernels import lora_segments as kernels
 from tuft.models.kernels.native import SERIAL_ELEMENTS, Kernel
 from tuft.models.lora import Segment
+from tuft.models.workspace import Workspace
 
 _F32_BYTES = 4
-_LINE_BYTES = 64
 
 _MAX_BF16_WORK = 49_152
 """Rows times rank; beyond, torch's products are as fast."""
@@ -72,32 +72,24 @@ class _SegmentTables:
 
 
 class CompiledLora:
-    """``segments.LoraKernels``, bf16 and float32. The workspace is shared by all calls, which follow each other."""
+    """``segments.LoraKernels``, bf16 and float32."""
 
     def __init__(self) -> None:
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = Workspace()
 
     def takes(self, segment: Segment, dtype: torch.dtype) -> bool:
         return dtype == torch.float32 or (segment.stop - segment.start) * segment.adapter.spec.rank <= _MAX_BF16_WORK
 
     def products(self, segments: Sequence[Segment], dtype: torch.dtype) -> CompiledProducts:
-        return CompiledProducts(_SegmentTables(segments, dtype, kernels.BLOCK_ROWS), self.reserved)
-
-    def reserved(self, bytes_per_thread: int) -> tuple[int, int]:
-        """Address and size of the memory of each thread of the team."""
-        bytes_per_thread = -(-bytes_per_thread // _LINE_BYTES) * _LINE_BYTES
-        needed = bytes_per_thread * torch.get_num_threads()
-        if len(self._workspace) < needed:
-            self._workspace = torch.empty(needed, dtype=torch.uint8)
-        return self._workspace.data_ptr(), bytes_per_thread
+        return CompiledProducts(_SegmentTables(segments, dtype, kernels.BLOCK_ROWS), self._workspace)
 
 
 class CompiledProducts:
     """``segments.SegmentProducts``; ``h_TR``, which is kept, is undefined in rows of no segment."""
 
-    def __init__(self, tables: _SegmentTables, reserved: Callable[[int], tuple[int, int]]) -> None:
+    def __init__(self, tables: _SegmentTables, workspace: Workspace) -> None:
         self._tables = tables
-        self._reserved = reserved
+        self._workspace = workspace
 
     def add(self, y_TN: Tensor, x_TK: Tensor, key: str) -> list[Tensor]:
         group = self._tables.group(key)
@@ -139,7 +131,7 @@ class CompiledProducts:
             h_TR.data_ptr(),
             dh_TR.data_ptr(),
             _step(h_TR),
-            *self._reserved(kernels.gradient_work(0, h_TR.shape[1], h_TR.element_size())[-1]),
+            *self._workspace.of_threads(kernels.gradient_work(0, h_TR.shape[1], h_TR.element_size())[-1]),
         )
 
     def _run_rows(
@@ -170,7 +162,7 @@ class CompiledProducts:
             _step(added_to),
             h_TR.data_ptr(),
             _step(h_TR),
-            *self._reserved(_F32_BYTES * kernels.BLOCK_ROWS * h_TR.shape[1]),
+            *self._workspace.of_threads(_F32_BYTES * kernels.BLOCK_ROWS * h_TR.shape[1]),
         )
 
 

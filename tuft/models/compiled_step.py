@@ -17,8 +17,8 @@ from tuft.models.kernels import panels
 from tuft.models.kernels.native import double_bits
 from tuft.models.lora import group_key
 from tuft.models.paged_attention import PAGE_TOKENS, PageTables
+from tuft.models.workspace import Workspace
 
-_LINE_BYTES = 64
 _F32_BYTES = 4
 _MOST_LINEARS = 3
 """Of a group: q, k and v."""
@@ -47,7 +47,7 @@ class CompiledStep:
             ]
         )
         assert self._layers_L.shape[1] == kernels.LAYER_ADDRESSES
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = Workspace()
 
     @staticmethod
     def takes(config: DecoderConfig, dtype: torch.dtype) -> bool:
@@ -65,13 +65,13 @@ class CompiledStep:
         tokens_B = torch.tensor(tokens)
         out_BD = torch.empty(padded, D, dtype=torch.bfloat16)
         sizes = [
-            _LINE_BYTES,
             padded * D * _F32_BYTES,
             num_rows * _MOST_LINEARS * max_rank * _F32_BYTES,
             torch.get_num_threads() * (d + max_pages * PAGE_TOKENS) * _F32_BYTES,
             *(padded * width * 2 for width in ((H + 2 * G) * d, H * d, D, 2 * I, I)),
         ]
-        counter, residual, h, scores, *others = self._reserved(sizes)
+        residual, h, scores, *others = self._workspace.parts(sizes)
+        counter = torch.zeros(1, dtype=torch.int64)
         table_BW = tables.table_BW.contiguous()
         kernels.decode_step(
             num_rows * self._weights.num_parameters,
@@ -98,7 +98,7 @@ class CompiledStep:
             max_rank,
             0 if lora is None else lora.ranks_B.data_ptr(),
             0 if lora is None else lora.scales_B.data_ptr(),
-            counter,
+            counter.data_ptr(),
             residual,
             h,
             scores,
@@ -106,20 +106,6 @@ class CompiledStep:
             *others,
         )
         return out_BD[:num_rows]
-
-    def _reserved(self, sizes: Sequence[int]) -> list[int]:
-        """Addresses of memory of these sizes; the first is zero."""
-        lines = [-(-size // _LINE_BYTES) * _LINE_BYTES for size in sizes]
-        if len(self._workspace) < sum(lines) + _LINE_BYTES:
-            self._workspace = torch.empty(sum(lines) + _LINE_BYTES, dtype=torch.uint8)
-        address = -(-self._workspace.data_ptr() // _LINE_BYTES) * _LINE_BYTES
-        start = address - self._workspace.data_ptr()
-        self._workspace[start : start + lines[0]].zero_()
-        addresses = []
-        for size in lines:
-            addresses.append(address)
-            address += size
-        return addresses
 
 
 def _panels(weight_NK: Tensor) -> Tensor:
