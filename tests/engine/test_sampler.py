@@ -472,6 +472,16 @@ def test_a_request_that_can_never_be_honoured_is_refused(command: Sample, proble
     assert not sampler.active
 
 
+@each_ops
+@pytest.mark.parametrize("extreme", [{"top_k": 2**64 - 1}, {"top_k": 2**70}, {"top_p": 5e-324}, {"seed": 2**64 - 1}])
+def test_extreme_parameters_of_one_request_leave_the_others_alone(extreme: dict[str, Any], ops: Ops) -> None:
+    decoder, mine = tiny_decoder(precision="bf16", ops=ops), sample_of(prompt_of(9))
+    theirs = sample_of(prompt_of(9, 1), replace(ENDLESS, **extreme))
+    beside, other = run(make_sampler(decoder), [(mine, None), (theirs, None)])
+    assert isinstance(other, SampleResult), other
+    assert_same(beside, run_one(decoder, mine))
+
+
 @every_ops
 @each_precision
 def test_a_nan_in_an_adapter_fails_its_own_request_alone(precision: Precision, ops: Ops) -> None:

@@ -64,7 +64,7 @@ def _by_kernels(
         torch.tensor(origins),
         torch.tensor([one.temperature for one in draws], dtype=torch.float32),
         torch.tensor([one.uniform for one in draws], dtype=torch.float64),
-        torch.tensor([one.top_k for one in draws]),
+        torch.tensor([min(one.top_k, len(decoder.head_VD)) for one in draws]),  # a client may send any number
         torch.tensor([one.top_p for one in draws], dtype=torch.float64),
     )
     lora = packed.tables([adapters[row] for row in origins])
