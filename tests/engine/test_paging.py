@@ -45,10 +45,10 @@ def test_room_is_made_for_as_many_as_are_needed() -> None:
         pager.fetch(adapter, ())
     assert len(pager.resident) == 8
     pager.fetch(large, ())
-    assert large.num_bytes == 4 * adapters[0].num_bytes
-    assert pager.resident == (*adapters[4:], large)
+    assert large.num_bytes == 3 * adapters[0].num_bytes
+    assert pager.resident == (*adapters[3:], large)
     pager.forget(large)
-    assert pager.resident == tuple(adapters[4:])
+    assert pager.resident == tuple(adapters[3:])
 
 
 def test_an_adapter_comes_back_with_the_bits_it_left_with() -> None:

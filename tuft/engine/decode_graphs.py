@@ -19,7 +19,7 @@ from torch import Tensor
 from tuft.engine.decode_batch import DecodeBatch
 from tuft.engine.kv_pages import KvPages
 from tuft.engine.prefix_cache import PrefixCache
-from tuft.models.adapter_slots import AdapterSlots, SlotRows
+from tuft.models.adapter_slots import AdapterSlots, SlotRows, power_of_two
 from tuft.models.decoder import Decoder
 from tuft.models.lora import Adapter
 from tuft.models.paged_attention import PaddedPagedAttention
@@ -61,7 +61,7 @@ class DecodeGraphs:
             self._steps.clear()
             self._generation = self._slots.generation
         num_slots = self._slots.num_slots if any(slots) else 0
-        key = _power_of_two(num_rows), _power_of_two(num_pages), num_slots
+        key = power_of_two(num_rows), power_of_two(num_pages), num_slots
         if key not in self._steps:
             while len(self._steps) >= _MAX_STEPS:
                 self._steps.popitem(last=False)
@@ -140,7 +140,3 @@ class _Step:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._x_BD = self._compute()
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()

@@ -32,8 +32,9 @@ class AdapterSlots:
         self._slots: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
         self.generation = 0
 
-    @classmethod
-    def can_hold(cls, linear_shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device) -> bool:
+    @staticmethod
+    def can_hold(linear_shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether adapters of these linears have matrices that grouped products take."""
         layout = LoraLayout(linear_shapes, LoraSpec(rank=1, train_unembed=False))
         return can_be_grouped(layout.widths, dtype, device)
 
@@ -50,8 +51,8 @@ class AdapterSlots:
         wanted = {adapter: None for adapter in adapters if adapter is not None}
         rank = max((adapter.spec.rank for adapter in wanted), default=0)
         if wanted and (rank > self._rank or len(wanted) >= self._num_slots):
-            num_slots = _power_of_two(len(wanted) + 1)
-            self._lay(max(self._rank, _power_of_two(rank, ALIGNED)), max(self._num_slots, num_slots))
+            num_slots = power_of_two(len(wanted) + 1)
+            self._lay(max(self._rank, power_of_two(rank, ALIGNED)), max(self._num_slots, num_slots))
         taken = {self._slots[adapter] for adapter in wanted if adapter in self._slots}
         free = [slot for slot in range(1, self._num_slots) if slot not in taken]
         for adapter in wanted:
@@ -107,5 +108,6 @@ class SlotRows:
             add_grouped(y_BN, x_BK, lora, self.stops_S, self.scales_B1)
 
 
-def _power_of_two(number: int, least: int = 1) -> int:
+def power_of_two(number: int, least: int = 1) -> int:
+    """``number`` rounded up to one, and at least ``least``."""
     return max(least, 1 << (number - 1).bit_length())

@@ -53,7 +53,7 @@ class _Prefixed:
     """Rows of branches that have a prefix, and the rows of these prefixes; branches of one prefix are one sequence."""
 
     queries: Rows
-    keys: Tensor
+    keys: Rows
     sequences: Sequences
 
 
@@ -81,7 +81,7 @@ class FlashPackedAttention:
             counts = [(stop - start, count) for (start, stop, _), count in zip(behind, num_keys, strict=True)]
             self._prefixed = _Prefixed(
                 rows_of([(start, stop) for start, stop, _ in behind], device),
-                torch.cat([torch.arange(*span) for span in key_spans]).to(device),
+                rows_of(key_spans, device),
                 Sequences.of(counts, False, device),
             )
 
@@ -100,7 +100,9 @@ class _FlashAttention(torch.autograd.Function):
         out_THd, lse_HT = _forward(q_THd, k_TGd, v_TGd, own)
         if prefixed is not None:
             rows, keys = prefixed.queries, prefixed.keys
-            beyond_QHd, beyond_HQ = _forward(take_rows(q_THd, rows), k_TGd[keys], v_TGd[keys], prefixed.sequences)
+            beyond_QHd, beyond_HQ = _forward(
+                take_rows(q_THd, rows), take_rows(k_TGd, keys), take_rows(v_TGd, keys), prefixed.sequences
+            )
             _merge(out_THd, lse_HT, rows, beyond_QHd, beyond_HQ)
         ctx.own, ctx.prefixed = own, prefixed
         ctx.save_for_backward(q_THd, k_TGd, v_TGd, out_THd, lse_HT)
@@ -115,7 +117,7 @@ class _FlashAttention(torch.autograd.Function):
             rows, keys = ctx.prefixed.queries, ctx.prefixed.keys
             of_prefixed = _backward(
                 take_rows(dout_THd, rows),
-                (take_rows(q_THd, rows), k_TGd[keys], v_TGd[keys]),
+                (take_rows(q_THd, rows), take_rows(k_TGd, keys), take_rows(v_TGd, keys)),
                 take_rows(out_THd, rows),
                 take_rows(lse_HT.t(), rows).t().contiguous(),
                 ctx.prefixed.sequences,

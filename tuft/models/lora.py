@@ -25,8 +25,8 @@ from tuft.types import AdapterState, Float32Array, LoraSpec
 PEFT_PREFIX = "base_model.model."
 LM_HEAD = "lm_head"
 
-_TRAINING_COPIES = 4
-"""The weights, their gradients and two moments."""
+_COPIES_TRAINABLE, _COPIES_FROZEN = 4.5, 1.5
+"""The weights, in float32 and in bf16; if trainable their gradients and two moments."""
 
 _GROUPS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -315,8 +315,8 @@ class Adapter:
 
     @property
     def num_bytes(self) -> int:
-        """What training it needs of memory, gradients included; of frozen weights, they alone."""
-        return self.params_P.nbytes * (_TRAINING_COPIES if self.trainable else 1)
+        """The most that it holds of memory."""
+        return int(self.params_P.nbytes * (_COPIES_TRAINABLE if self.trainable else _COPIES_FROZEN))
 
     def move_to(self, device: torch.device) -> None:
         """Nothing happens if it is there."""
