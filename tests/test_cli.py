@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from tests.conftest import TINY_MODEL, TUFT, Launch, LiveServer, tiny_config
-from tuft.app import ensure_first_key, open_catalog
+from tuft.app import ensure_first_key, open_store
 from tuft.config import load_config
 from tuft.service.tenants import Tenants
+from tuft.store.catalog import Catalog
 
 
 def tuft(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -67,14 +68,14 @@ def test_a_kept_key_that_the_database_has_forgotten_is_replaced(tmp_path: Path) 
     config = load_config(home=tmp_path)
     keys = []
     for _ in range(2):
-        catalog = open_catalog(config)
-        tenants = Tenants(catalog)
+        database = open_store(config)
+        tenants = Tenants(Catalog(database))
         key, is_new = ensure_first_key(config, tenants)
         assert is_new
         assert tenants.knows(key or "")
         assert ensure_first_key(config, tenants) == (key, False)
         keys.append(key)
-        catalog.close()
+        database.close()
         for file in tmp_path.glob("tuft.sqlite3*"):
             file.unlink()
     assert keys[0] != keys[1]

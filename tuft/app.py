@@ -23,8 +23,7 @@ from tuft.engine.worker import EngineProcess
 from tuft.errors import ConfigError, StorageError
 from tuft.service.services import Services
 from tuft.service.tenants import DEFAULT_TENANT, Tenants
-from tuft.store.catalog import Catalog
-from tuft.store.db import open_database, sqlite_url
+from tuft.store.db import Database, open_database, sqlite_url
 from tuft.types import BaseModelInfo
 
 
@@ -37,10 +36,10 @@ def prepare_home(home: Path) -> None:
         raise StorageError(f"home {home} cannot be used: {error.strerror}; choose another with --home") from error
 
 
-def open_catalog(config: Config) -> Catalog:
-    """The home's catalog, brought to the newest schema; safe beside a running server."""
+def open_store(config: Config) -> Database:
+    """The home's database, brought to the newest schema; safe beside a running server."""
     prepare_home(config.home)
-    return Catalog(open_database(config.database_url or sqlite_url(config.home)))
+    return open_database(config.database_url or sqlite_url(config.home))
 
 
 def model_sources(config: Config) -> list[BaseModelSource]:
@@ -115,24 +114,24 @@ def serve(config: Config, audience: Audience) -> None:
     with _locked(config.home):
         listener = _listen(config)
         _raise_open_file_limit()
-        catalog = open_catalog(config)
+        database = open_store(config)
         engine = start_engine(config)
         try:
-            asyncio.run(_serve(config, catalog, engine, listener, audience))
+            asyncio.run(_serve(config, database, engine, listener, audience))
         finally:
             engine.close()
-            catalog.close()
+            database.close()
             listener.close()
 
 
 async def _serve(
     config: Config,
-    catalog: Catalog,
+    database: Database,
     engine: EngineProcess,
     listener: socket.socket,
     audience: Audience,
 ) -> None:
-    services = Services(config, catalog, engine)
+    services = Services(config, database, engine)
     await services.start()
     key, key_is_new = ensure_first_key(config, services.tenants)
     host, port = listener.getsockname()[:2]

@@ -88,14 +88,15 @@ def key_create(
     home: HomeOption = None,
 ) -> None:
     """Print a new API key for a tenant. Works while the server runs; only the key's hash is kept."""
-    from tuft.app import open_catalog
+    from tuft.app import open_store
     from tuft.service.tenants import Tenants
+    from tuft.store.catalog import Catalog
 
-    catalog = open_catalog(load_config(config, home=home))
+    database = open_store(load_config(config, home=home))
     try:
-        print(Tenants(catalog).create_key(tenant))  # bare, so that KEY=$(tuft key create ...) works
+        print(Tenants(Catalog(database)).create_key(tenant))  # bare, so that KEY=$(tuft key create ...) works
     finally:
-        catalog.close()
+        database.close()
 
 
 @app.command("config", epilog="Examples:  tuft config --check --config tuft.toml  ·  tuft config --show")

@@ -16,7 +16,7 @@ import uvicorn
 
 from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, new_session, post, result
 from tuft.api.http import create_app
-from tuft.app import model_sources, open_catalog, start_engine
+from tuft.app import model_sources, open_store, start_engine
 from tuft.config import Config
 from tuft.engine.base import EngineSettings
 from tuft.engine.worker import EngineProcess
@@ -68,8 +68,8 @@ def loading_server(config: Config, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @contextmanager
 def serving(config: Config, engine: EngineProcess) -> Iterator[Served]:
-    catalog = open_catalog(config)
-    services = Services(config, catalog, engine)
+    database = open_store(config)
+    services = Services(config, database, engine)
     listener = socket.create_server(("127.0.0.1", 0))
     http = uvicorn.Server(uvicorn.Config(create_app(services), log_config=None, access_log=False, lifespan="off"))
     started = threading.Event()
@@ -94,7 +94,7 @@ def serving(config: Config, engine: EngineProcess) -> Iterator[Served]:
     finally:
         http.should_exit = True
         thread.join()
-        catalog.close()
+        database.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_config
-from tuft.app import open_catalog, start_engine
+from tuft.app import open_store, start_engine
 from tuft.config import load_config
 from tuft.engine.worker import EngineProcess
 from tuft.records import Session, Tenant
@@ -46,12 +46,12 @@ def engine(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 async def services(config_file: Path, engine: EngineProcess, tmp_path: Path) -> AsyncIterator[Services]:
     config = load_config(config_file, home=tmp_path)
-    catalog = open_catalog(config)
-    running = Services(config, catalog, engine)
+    database = open_store(config)
+    running = Services(config, database, engine)
     await running.start()
     yield running
     await running.stop()
-    catalog.close()
+    database.close()
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from tuft.store.db import open_database, sqlite_url
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    opened = Catalog(open_database(sqlite_url(tmp_path)))
-    yield opened
-    opened.close()
+    database = open_database(sqlite_url(tmp_path))
+    yield Catalog(database)
+    database.close()
 
 
 def test_a_key_finds_its_tenant_and_a_second_key_the_same_one(catalog: Catalog) -> None:
@@ -29,7 +29,7 @@ def test_a_key_finds_its_tenant_and_a_second_key_the_same_one(catalog: Catalog) 
 
 def test_only_the_hash_of_a_key_is_kept(catalog: Catalog, tmp_path: Path) -> None:
     key = Tenants(catalog).create_key("alice")
-    catalog.close()
+    catalog._database.close()
     assert key.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 

@@ -18,11 +18,12 @@ SPEC = LoraSpec(rank=4, seed=2**40, train_unembed=False)
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    opened = Catalog(open_database(sqlite_url(tmp_path)))
+    database = open_database(sqlite_url(tmp_path))
+    opened = Catalog(database)
     for tenant in (ALICE, BOB):
         opened.ensure_tenant(tenant)
     yield opened
-    opened.close()
+    database.close()
 
 
 def session(session_id: str = "s1", tenant: Tenant = ALICE) -> Session:
@@ -98,7 +99,7 @@ def test_the_first_reason_for_finishing_wins(catalog: Catalog) -> None:
     catalog.add_session(session())
     catalog.finish_session("s1", "success", None)
     catalog.finish_session("s1", "errored", "late")
-    with catalog._transaction() as connection:
+    with catalog._database.transaction() as connection:
         assert connection.exec_driver_sql("SELECT finish_reason FROM sessions").scalar() == "success"
 
 

@@ -13,22 +13,22 @@ from tuft.store.tables import metadata
 
 def test_the_migrations_lead_to_the_tables(tmp_path: Path) -> None:
     database = open_database(sqlite_url(tmp_path))
-    with database.connect() as connection:
+    with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": False})
         assert compare_metadata(context, metadata) == []
-    database.dispose()
+    database.close()
 
 
 def test_opening_twice_changes_nothing(tmp_path: Path) -> None:
     for _ in range(2):
-        open_database(sqlite_url(tmp_path)).dispose()
+        open_database(sqlite_url(tmp_path)).close()
 
 
 def test_sqlite_runs_in_wal_mode(tmp_path: Path) -> None:
     database = open_database(sqlite_url(tmp_path))
-    with database.connect() as connection:
+    with database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-    database.dispose()
+    database.close()
 
 
 def test_a_url_that_makes_no_sense_is_a_configuration_error() -> None:

@@ -20,6 +20,7 @@ from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
 from tuft.service.tenants import DEFAULT_TENANT, Tenants
 from tuft.store.catalog import Catalog
+from tuft.store.db import Database
 from tuft.types import BaseModelInfo
 
 log = structlog.get_logger(__name__)
@@ -30,8 +31,9 @@ _SWEEP_INTERVAL_S = 5.0
 class Services:
     """One of each service, on one catalog and one engine."""
 
-    def __init__(self, config: Config, catalog: Catalog, engine: Engine) -> None:
+    def __init__(self, config: Config, database: Database, engine: Engine) -> None:
         limits = config.limits
+        catalog = Catalog(database)
         self.config = config
         self._catalog = catalog
         self._engine = engine

@@ -1,84 +1,56 @@
-"""Reading and writing the rows. Every read of a tenant's object takes the tenant, so that another's is not found.
-
-The calls are synchronous and short (a point read or a single-row write); the service makes them from its event loop.
-"""
+"""Reading and writing the rows. Every read of a tenant's object takes the tenant, so that another's is not found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, Select, Table, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
-from tuft.errors import StorageError
 from tuft.records import Checkpoint, CheckpointPath, Run, RunStatus, SamplerInfo, Session, Tenant, now
 from tuft.store import tables
+from tuft.store.db import Database
 from tuft.types import LoraSpec
 
 
 class Catalog:
     """Rows in, records out. Raises StorageError when the database refuses."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except IntegrityError:
-            raise
-        except SQLAlchemyError as error:
-            raise StorageError(f"the database refused: {error}") from error
-
-    def _first(self, query: Select[Any]) -> Row[Any] | None:
-        with self._transaction() as connection:
-            return connection.execute(query).first()
-
-    def _page(self, query: Select[Any], limit: int, offset: int) -> tuple[list[Row[Any]], int]:
-        """One page and the number of all rows."""
-        with self._transaction() as connection:
-            total = connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
-            return list(connection.execute(query.limit(limit).offset(offset))), total
-
-    def _insert(self, table: Table, **values: Any) -> None:
-        with self._transaction() as connection:
-            connection.execute(insert(table).values(**values))
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     # --- tenants and keys ---------------------------------------------------------------------------------------------
 
     def ensure_tenant(self, tenant: Tenant) -> Tenant:
         """The tenant of that name, made from ``tenant`` if there is none."""
         query = select(tables.tenants).where(tables.tenants.c.name == tenant.name)
-        row = self._first(query)
+        row = self._database.first(query)
         if row is None:
             try:
-                self._insert(tables.tenants, tenant_id=tenant.tenant_id, name=tenant.name, created_at=now())
+                self._database.insert(tables.tenants, tenant_id=tenant.tenant_id, name=tenant.name, created_at=now())
             except IntegrityError:  # another process was faster: `tuft key create` beside the server
-                row = self._first(query)
+                row = self._database.first(query)
         return tenant if row is None else Tenant(row.tenant_id, row.name)
 
     def add_key(self, tenant: Tenant, key_hash: str, hint: str) -> None:
-        self._insert(tables.api_keys, key_hash=key_hash, tenant_id=tenant.tenant_id, hint=hint, created_at=now())
+        self._database.insert(
+            tables.api_keys, key_hash=key_hash, tenant_id=tenant.tenant_id, hint=hint, created_at=now()
+        )
 
     def tenant_of_key(self, key_hash: str) -> Tenant | None:
-        row = self._first(select(tables.tenants).join(tables.api_keys).where(tables.api_keys.c.key_hash == key_hash))
+        row = self._database.first(
+            select(tables.tenants).join(tables.api_keys).where(tables.api_keys.c.key_hash == key_hash)
+        )
         return None if row is None else Tenant(row.tenant_id, row.name)
 
     def has_keys(self) -> bool:
-        return self._first(select(tables.api_keys.c.key_hash).limit(1)) is not None
+        return self._database.first(select(tables.api_keys.c.key_hash).limit(1)) is not None
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def add_session(self, session: Session) -> None:
-        self._insert(
+        self._database.insert(
             tables.sessions,
             session_id=session.session_id,
             tenant_id=session.tenant_id,
@@ -91,19 +63,21 @@ class Catalog:
 
     def session(self, tenant: Tenant, session_id: str) -> Session | None:
         table = tables.sessions
-        row = self._first(select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id))
+        row = self._database.first(
+            select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id)
+        )
         return None if row is None else _session(row)
 
     def sessions(self, tenant: Tenant, limit: int, offset: int) -> tuple[list[Session], int]:
         table = tables.sessions
         query = select(table).where(table.c.tenant_id == tenant.tenant_id).order_by(table.c.created_at.desc())
-        rows, total = self._page(query, limit, offset)
+        rows, total = self._database.page(query, limit, offset)
         return [_session(row) for row in rows], total
 
     def finish_session(self, session_id: str, reason: str, detail: str | None) -> None:
         """The first reason wins."""
         table = tables.sessions
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 update(table)
                 .where(table.c.session_id == session_id, table.c.finish_reason.is_(None))
@@ -113,7 +87,7 @@ class Catalog:
     # --- runs ---------------------------------------------------------------------------------------------------------
 
     def add_run(self, run: Run) -> None:
-        self._insert(
+        self._database.insert(
             tables.runs,
             run_id=run.run_id,
             tenant_id=run.tenant_id,
@@ -129,7 +103,7 @@ class Catalog:
 
     def run(self, tenant: Tenant, run_id: str) -> Run | None:
         table = tables.runs
-        row = self._first(select(table).where(table.c.run_id == run_id, table.c.tenant_id == tenant.tenant_id))
+        row = self._database.first(select(table).where(table.c.run_id == run_id, table.c.tenant_id == tenant.tenant_id))
         return None if row is None else _run(row)
 
     def runs(self, tenant: Tenant, limit: int, offset: int, session_id: str | None = None) -> tuple[list[Run], int]:
@@ -137,24 +111,24 @@ class Catalog:
         query = select(table).where(table.c.tenant_id == tenant.tenant_id).order_by(table.c.created_at.desc())
         if session_id is not None:
             query = query.where(table.c.session_id == session_id)
-        rows, total = self._page(query, limit, offset)
+        rows, total = self._database.page(query, limit, offset)
         return [_run(row) for row in rows], total
 
     def set_run_status(self, run_id: str, status: RunStatus) -> None:
         table = tables.runs
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(update(table).where(table.c.run_id == run_id).values(status=status))
 
     def touch_runs(self, last_request_at: dict[str, datetime]) -> None:
         table = tables.runs
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             for run_id, moment in last_request_at.items():
                 connection.execute(update(table).where(table.c.run_id == run_id).values(last_request_at=moment))
 
     def lose_live_runs(self) -> int:
         """Called at start: what an earlier server held live is gone. Returns how many runs that were."""
         table = tables.runs
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             changed = connection.execute(
                 update(table).where(table.c.status.in_(("creating", "live"))).values(status="lost")
             )
@@ -165,7 +139,7 @@ class Catalog:
     def put_checkpoint(self, checkpoint: Checkpoint) -> str | None:
         """Insert, or give the name its new meaning, in one transaction. Returns the directory it had before."""
         before = select(tables.checkpoints.c.directory).where(*_named(checkpoint.path))
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             directory = connection.execute(before).scalar()
             connection.execute(delete(tables.checkpoints).where(*_named(checkpoint.path)))
             connection.execute(
@@ -188,7 +162,9 @@ class Catalog:
 
     def checkpoint(self, tenant: Tenant, path: CheckpointPath) -> Checkpoint | None:
         table = tables.checkpoints
-        row = self._first(select(table).where(*_named(path), table.c.tenant_id == tenant.tenant_id, _unexpired()))
+        row = self._database.first(
+            select(table).where(*_named(path), table.c.tenant_id == tenant.tenant_id, _unexpired())
+        )
         return None if row is None else _checkpoint(row)
 
     def checkpoints(
@@ -200,25 +176,25 @@ class Catalog:
             query = query.where(table.c.run_id == run_id)
         if kind is not None:
             query = query.where(table.c.kind == kind)
-        rows, total = self._page(query.order_by(table.c.created_at.desc()), limit, offset)
+        rows, total = self._database.page(query.order_by(table.c.created_at.desc()), limit, offset)
         return [_checkpoint(row) for row in rows], total
 
     def delete_checkpoint(self, path: CheckpointPath) -> None:
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(delete(tables.checkpoints).where(*_named(path)))
 
     def delete_expired_checkpoints(self) -> list[str]:
         """Returns the directories of those that were deleted."""
         table = tables.checkpoints
         expired = table.c.expires_at <= now()
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             directories = list(connection.execute(select(table.c.directory).where(expired)).scalars())
             connection.execute(delete(table).where(expired))
         return directories
 
     def live_directories(self) -> set[str]:
         """Every weights directory that a row still points to."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             found = set(connection.execute(select(tables.checkpoints.c.directory)).scalars())
             ephemeral = select(tables.samplers.c.directory).where(tables.samplers.c.directory.is_not(None))
             return found | {directory for directory in connection.execute(ephemeral).scalars() if directory}
@@ -226,7 +202,7 @@ class Catalog:
     # --- samplers -----------------------------------------------------------------------------------------------------
 
     def add_sampler(self, sampler: SamplerInfo) -> None:
-        self._insert(
+        self._database.insert(
             tables.samplers,
             sampler_id=sampler.sampler_id,
             tenant_id=sampler.tenant_id,
@@ -240,28 +216,30 @@ class Catalog:
 
     def sampler(self, tenant: Tenant, sampler_id: str) -> SamplerInfo | None:
         table = tables.samplers
-        row = self._first(select(table).where(table.c.sampler_id == sampler_id, table.c.tenant_id == tenant.tenant_id))
+        row = self._database.first(
+            select(table).where(table.c.sampler_id == sampler_id, table.c.tenant_id == tenant.tenant_id)
+        )
         return None if row is None else _sampler(row)
 
     def has_sampler(self, sampler_id: str) -> bool:
         table = tables.samplers
-        return self._first(select(table.c.sampler_id).where(table.c.sampler_id == sampler_id)) is not None
+        return self._database.first(select(table.c.sampler_id).where(table.c.sampler_id == sampler_id)) is not None
 
     def samplers(self, tenant: Tenant, session_id: str) -> list[SamplerInfo]:
         table = tables.samplers
         query = select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return [_sampler(row) for row in connection.execute(query.order_by(table.c.created_at))]
 
     def ephemeral_sessions(self) -> set[str]:
         """Sessions that have samplers on weights of their own."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return set(connection.execute(select(tables.samplers.c.session_id).where(*_ephemeral())).scalars())
 
     def delete_ephemeral_samplers(self, session_id: str) -> list[str]:
         """Forget them; returns the directories of their weights."""
         table = tables.samplers
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             of_session = (table.c.session_id == session_id, *_ephemeral())
             directories = list(connection.execute(select(table.c.directory).where(*of_session)).scalars())
             connection.execute(delete(table).where(*of_session))

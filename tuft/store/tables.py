@@ -14,6 +14,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 
 metadata = MetaData()
@@ -68,6 +70,7 @@ sessions = Table(
     Column("display_name", Text),
     Column("finish_reason", String(32)),
     Column("finish_detail", Text),
+    Column("project_id", String(128)),
     Index("sessions_of_tenant", "tenant_id", "created_at"),
 )
 
@@ -91,6 +94,7 @@ runs = Table(
     Column("model_seq_id", BigInteger, nullable=False),
     Column("base_model", Text, nullable=False),
     *_lora_columns(),
+    Column("optimizer", String(16), nullable=False, server_default="adamw"),
     Column("status", String(16), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("last_request_at", UtcDateTime, nullable=False),
@@ -108,6 +112,8 @@ checkpoints = Table(
     Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
     Column("base_model", Text, nullable=False),
     *_lora_columns(),
+    Column("optimizer", String(16), nullable=False, server_default="adamw"),
+    Column("public", Boolean, nullable=False, server_default=false()),
     Column("directory", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("has_optimizer", Boolean, nullable=False),
@@ -128,6 +134,60 @@ samplers = Table(
     Column("base_model", Text, nullable=False),
     Column("model_path", Text),
     Column("directory", Text),
+    Column("inflight_run_id", ForeignKey("runs.run_id")),
     Column("created_at", UtcDateTime, nullable=False),
     UniqueConstraint("session_id", "sampling_session_seq_id"),
+)
+
+custom_losses = Table(
+    "custom_losses",
+    metadata,
+    Column("loss_id", String(128), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("session_id", ForeignKey("sessions.session_id"), nullable=False),
+    Column("custom_loss_seq_id", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("inputs", JSON, nullable=False),
+    Column("nodes", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    UniqueConstraint("session_id", "custom_loss_seq_id"),
+)
+
+# What stable_reinforce needs of sampling: little-endian int32 tokens and float32 logprobs.
+recorded_sequences = Table(
+    "recorded_sequences",
+    metadata,
+    Column("session_id", ForeignKey("sessions.session_id"), nullable=False),
+    Column("sequence_id", String(256), nullable=False),
+    Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("prompt_tokens", LargeBinary, nullable=False),
+    Column("tokens", LargeBinary, nullable=False),
+    Column("logprobs", LargeBinary, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    PrimaryKeyConstraint("session_id", "sequence_id"),
+    Index("recorded_sequences_by_expiry", "expires_at"),
+)
+
+# One row an hour and purpose; session_id is empty where there is none.
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("hour", UtcDateTime, nullable=False),
+    Column("session_id", String(64), nullable=False),
+    Column("base_model", String(256), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("quantity", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "hour", "session_id", "base_model", "kind"),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("entry_id", Integer, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("event", String(64), nullable=False),
+    Column("details", JSON, nullable=False),
+    Index("audit_log_of_tenant", "tenant_id", "at"),
 )
