@@ -1,6 +1,7 @@
 # TuFT: every target sets up .venv when it has to, and is quick the next time.
 #   make demo     fine-tune the embedded model on real chats and look at the result (out/chat_sft/)
 #   make test     all tests; PYTEST="-m 'not slow'" for the quick ones
+#   make test-sdk every supported release of the SDK against one server; `make test` runs three of them
 #   make serve    the server, with its defaults
 #   make check    ruff and mypy
 #   make bench    how to measure; BENCH=train_step does it, ARGS="--rounds 1" quickly
@@ -15,7 +16,7 @@ PYTEST ?=
 # Tests run torch beside a server that runs torch: threads that wait must not spin for long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install demo test serve check bench clean
+.PHONY: install demo test test-sdk serve check bench clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -33,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(PYTEST)
+
+test-sdk: $(READY)
+	@SDK_VERSIONS=all $(BIN)/python -m pytest tests/sdk $(PYTEST)
 
 serve: $(READY)
 	@$(BIN)/tuft launch

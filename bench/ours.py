@@ -32,7 +32,16 @@ from tuft.models.decoder import Precision
 from tuft.models.kernels import build
 from tuft.models.lora import Adapter
 from tuft.prefixes import Cut, cut
-from tuft.types import AdamParams, Datum, LoraSpec, LossResult, OptimStepResult, SampleResult, SamplingParams
+from tuft.types import (
+    AdamParams,
+    Datum,
+    LoraSpec,
+    LossResult,
+    OptimStepResult,
+    SampleResult,
+    SampleSpec,
+    SamplingParams,
+)
 
 SETTINGS = EngineSettings()
 
@@ -181,9 +190,7 @@ def samples_of(workload: Sampling, text: Text, base: BaseModel, num_new: int) ->
         Sample(
             base.name,
             str(n % workload.num_adapters) if workload.num_adapters else None,
-            tuple(prompt.tolist()),
-            params,
-            workload.num_samples,
+            SampleSpec(tuple(prompt.tolist()), params, workload.num_samples),
             cache_scope="bench",
         )
         for n, prompt in enumerate(workload.prompts(text))

@@ -16,13 +16,18 @@ import httpx
 import pytest
 
 from tests.models.tiny import make_tiny_model
+from tuft.app import open_store
+from tuft.config import load_config
 from tuft.models.kernels.build import directory_of
+from tuft.service.services import open_tenants
 
 # numba itself would not see that a function which a kernel calls has changed
 os.environ["NUMBA_CACHE_DIR"] = str(directory_of(Path(__file__).parents[1] / ".pytest_cache/kernels"))
 
 TUFT = Path(sys.executable).with_name("tuft")
 TINY_MODEL = "tiny/qwen3"
+TEAM = "team"
+"""A project of ``tiny_server``; its members are the tenants ``team-1`` and ``team-2``."""
 
 
 @dataclass
@@ -36,8 +41,13 @@ class LiveServer:
     log: Path
 
     def create_key(self, tenant: str) -> str:
-        command = [TUFT, "key", "create", "--tenant", tenant, "--home", str(self.home)]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+        """What ``tuft key create`` does, while the server runs."""
+        config = load_config(home=self.home)
+        database = open_store(config)
+        try:
+            return open_tenants(config, database).create_key(tenant)
+        finally:
+            database.close()
 
     def stop(self) -> int:
         """SIGTERM, as an operator would; returns the exit code."""
@@ -122,7 +132,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_server(launch: Launch, tiny_model: Path) -> LiveServer:
     """One server on the tiny model for all tests that leave it as they found it."""
-    return launch(config=tiny_config(tiny_model))
+    team = f'[[projects]]\nproject_id = "{TEAM}"\ntenants = ["{TEAM}-1", "{TEAM}-2"]\n'
+    return launch(config=tiny_config(tiny_model, team))
 
 
 @pytest.fixture(scope="session")

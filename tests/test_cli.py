@@ -12,8 +12,7 @@ import pytest
 from tests.conftest import TINY_MODEL, TUFT, Launch, LiveServer, tiny_config
 from tuft.app import ensure_first_key, open_store
 from tuft.config import load_config
-from tuft.service.tenants import Tenants
-from tuft.store.catalog import Catalog
+from tuft.service.services import open_tenants
 
 
 def tuft(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -69,7 +68,7 @@ def test_a_kept_key_that_the_database_has_forgotten_is_replaced(tmp_path: Path) 
     keys = []
     for _ in range(2):
         database = open_store(config)
-        tenants = Tenants(Catalog(database))
+        tenants = open_tenants(config, database)
         key, is_new = ensure_first_key(config, tenants)
         assert is_new
         assert tenants.knows(key or "")

@@ -89,12 +89,12 @@ def key_create(
 ) -> None:
     """Print a new API key for a tenant. Works while the server runs; only the key's hash is kept."""
     from tuft.app import open_store
-    from tuft.service.tenants import Tenants
-    from tuft.store.catalog import Catalog
+    from tuft.service.services import open_tenants
 
-    database = open_store(load_config(config, home=home))
+    options = load_config(config, home=home)
+    database = open_store(options)
     try:
-        print(Tenants(Catalog(database)).create_key(tenant))  # bare, so that KEY=$(tuft key create ...) works
+        print(open_tenants(options, database).create_key(tenant))  # bare, so that KEY=$(tuft key create ...) works
     finally:
         database.close()
 

@@ -20,6 +20,10 @@ API_KEY_PREFIX = "tml-"
 """The SDK refuses keys without it (since 0.8.1), so no other key is ever minted or accepted."""
 
 
+DEFAULT_PROJECT = "default"
+"""Every tenant's own project: that of sessions which name none."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +34,10 @@ class ServerSection(_Section):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(10610, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
     drain_timeout_s: float = Field(30.0, ge=0, description="how long SIGTERM waits for queued work to end")
+    jwt_auth: bool = Field(
+        True,
+        description="the SDK exchanges its API key for a JWT, in which whoami reads; false: it sends the key itself",
+    )
     long_poll_s: float = Field(30.0, gt=0, le=40, description="how long retrieve_future holds before it answers 408")
 
 
@@ -90,6 +98,8 @@ class LimitsSection(_Section):
         3600.0, ge=60, description="a session that is silent for so long is over, and its runs are unloaded"
     )
     max_resident_samplers: int = Field(64, ge=1, description="sampler adapters kept loaded; the least used leave first")
+    audit_retention_days: float = Field(90.0, gt=0, description="how long entries of the audit log are kept")
+    usage_retention_days: float = Field(400.0, ge=14, description="how long hourly usage is kept")
     seq_gap_timeout_s: float = Field(330.0, ge=1, description="how long an operation waits for a missing earlier seq")
 
 
@@ -107,6 +117,22 @@ class KeySection(_Section):
         return key
 
 
+class ProjectSection(_Section):
+    """A project that several tenants share. An id that no section lists is the private label of whoever uses it."""
+
+    project_id: str = Field(min_length=1, max_length=128, description="the id that clients give as project_id")
+    tenants: tuple[str, ...] = Field(
+        (), description="names of its members, who see and load each other's sessions, runs and checkpoints in it"
+    )
+
+    @field_validator("project_id")
+    @classmethod
+    def _shareable(cls, project_id: str) -> str:
+        if project_id == DEFAULT_PROJECT:
+            raise ValueError(f"{DEFAULT_PROJECT!r} is every tenant's own project; share another")
+        return project_id
+
+
 class Config(BaseSettings):
     """The whole configuration. ``base_models`` empty means the embedded SmolLM2-135M-Instruct."""
 
@@ -122,6 +148,7 @@ class Config(BaseSettings):
     limits: LimitsSection = LimitsSection()
     base_models: tuple[BaseModelSection, ...] = ()
     keys: tuple[KeySection, ...] = ()
+    projects: tuple[ProjectSection, ...] = ()
 
     @field_validator("home")
     @classmethod
@@ -141,6 +168,14 @@ class Config(BaseSettings):
                 if name in seen:
                     raise ValueError(f"base_models: the name {name!r} is used twice")
                 seen.add(name)
+        return self
+
+    @model_validator(mode="after")
+    def _projects_are_unique(self) -> Config:
+        ids = [project.project_id for project in self.projects]
+        for project_id in ids:
+            if ids.count(project_id) > 1:
+                raise ValueError(f"projects: {project_id!r} is listed twice")
         return self
 
 

@@ -4,6 +4,8 @@
     ├── UserError                 the request cannot be honoured; the caller can mend it
     │   ├── InvalidInput          a field's value is wrong: names field, value seen, values allowed
     │   ├── Unauthorized          no key, or a key that is unknown
+    │   │   └── InvalidToken      a JWT that is forged, has expired, or outlived its key: a new one may do
+    │   ├── Forbidden             the caller may not: a project they are no member of, a key they cannot revoke
     │   ├── NotFound              no such object among the caller's own
     │   ├── Gone                  a future that is unknown, or no longer kept
     │   ├── TooLarge              a request body over the limit
@@ -55,6 +57,14 @@ class InvalidInput(UserError):
 
 
 class Unauthorized(UserError):
+    pass
+
+
+class InvalidToken(Unauthorized):
+    pass
+
+
+class Forbidden(UserError):
     pass
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tuft.errors import InvalidInput
-from tuft.types import CheckpointKind, LoraSpec
+from tuft.types import CheckpointKind, Float32Array, Int64Array, LoraSpec, Optimizer
 
 RunStatus = Literal["creating", "live", "failed", "unloaded", "lost"]
 """``lost``: the engine or the server ended while the run was live; its saved checkpoints are all that is left of it."""
 
-_PATH_SEGMENT: Mapping[CheckpointKind, str] = {"training": "weights", "sampler": "sampler_weights"}
+URN_PREFIX = "urn:tuft:tenant:"
+
+_PATH_SEGMENT: Mapping[CheckpointKind, str] = {
+    "training": "weights",
+    "sampler": "sampler_weights",
+    "external": "external_weights",
+}
 _KIND: Mapping[str, CheckpointKind] = {segment: kind for kind, segment in _PATH_SEGMENT.items()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME_RULE = "must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or digit"
@@ -29,6 +35,27 @@ class Tenant:
     tenant_id: str
     name: str
 
+    @property
+    def urn(self) -> str:
+        """What the API calls a user or an owner."""
+        return f"{URN_PREFIX}{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """``key_id`` is a hash of the key, ``hint`` its last characters; ``created_at`` is None for one that the
+    configuration gives."""
+
+    key_id: str
+    tenant: Tenant
+    hint: str
+    created_at: datetime | None
+
+    @property
+    def number(self) -> int:
+        """What the API calls the key: the first 48 bits of its id, which every JSON reader holds exactly."""
+        return int(self.key_id[:12], 16)
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -41,7 +68,56 @@ class Session:
     user_metadata: Mapping[str, str]
     sdk_version: str
     display_name: str | None
-    finished: bool = False
+    project_id: str | None = None
+    finish_reason: str | None = None
+    finish_detail: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+SessionStatus = Literal["active", "failed", "client_finished"]
+"""``failed``: one of its runs never began, or was lost. Beside these a session may have fallen silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusFilter:
+    """Sessions of this status, which may be one that none ever has. ``reasons``: those that the client gave."""
+
+    status: str
+    reasons: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSearch:
+    """What the sessions to find have in common; None or empty is any. ``session_id`` and ``name_words`` together mean
+    either. ``owners`` are names of tenants; ``after`` is the last session of the page before."""
+
+    session_id: str | None = None
+    name_words: tuple[str, ...] = ()
+    project_ids: tuple[str, ...] | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    owners: tuple[str, ...] | None = None
+    statuses: tuple[StatusFilter, ...] | None = None
+    limit: int = 50
+    after: tuple[datetime, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """A session that was found. ``failed_run`` is the run that gave the status, if one did."""
+
+    session: Session
+    owner: Tenant
+    status: SessionStatus | None
+    failed_run: tuple[str, RunStatus] | None
+    num_checkpoints: int
+    checkpoint_bytes: int
+
+
+Shared = Mapping[str, frozenset[str]]
+"""Projects of several tenants: project id to the names of its members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +135,7 @@ class Run:
     created_at: datetime
     last_request_at: datetime
     user_metadata: Mapping[str, str]
+    optimizer: Optimizer = "adamw"
 
     @property
     def corrupted(self) -> bool:
@@ -67,7 +144,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPath:
-    """``tinker://<run_id>/<weights|sampler_weights>/<name>``."""
+    """``tinker://<run_id>/<weights|sampler_weights|external_weights>/<name>``."""
 
     run_id: str
     kind: CheckpointKind
@@ -85,8 +162,9 @@ class CheckpointPath:
         """Raises InvalidInput naming ``field`` if ``path`` has another shape."""
         scheme, _, rest = path.partition("://")
         parts = rest.split("/")
-        if scheme != "tinker" or len(parts) != 3 or parts[1] not in _KIND or not parts[0]:
-            raise InvalidInput(field, path, "must read tinker://<run id>/<weights|sampler_weights>/<name>")
+        if scheme != "tinker" or len(parts) != 3 or parts[1] not in _KIND or not (parts[0] and parts[0].isprintable()):
+            allowed = f"must read tinker://<run id>/<{'|'.join(_KIND)}>/<name>"
+            raise InvalidInput(field, path, allowed)
         return cls(parts[0], _KIND[parts[1]], valid_name(parts[2], field))
 
 
@@ -100,7 +178,8 @@ def valid_name(name: str, field: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A saved adapter. ``directory`` is relative to the home's ``checkpoints``; a new save never reuses one, so that
-    the row's commit is the moment at which a name changes its meaning."""
+    the row's commit is the moment at which a name changes its meaning; a copy shares its source's. ``public``: every
+    tenant may read it."""
 
     path: CheckpointPath
     tenant_id: str
@@ -112,12 +191,15 @@ class Checkpoint:
     created_at: datetime
     expires_at: datetime | None
     user_metadata: Mapping[str, str]
+    optimizer: Optimizer = "adamw"
+    public: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerInfo:
     """A sampling session: the base model itself (``model_path`` and ``directory`` None), a saved checkpoint, or the
-    ephemeral weights in ``directory`` (``model_path`` None)."""
+    ephemeral weights in ``directory`` (``model_path`` None). Those with ``inflight_run_id`` share the weights that this
+    run published last."""
 
     sampler_id: str
     tenant_id: str
@@ -127,3 +209,73 @@ class SamplerInfo:
     model_path: str | None
     directory: str | None
     created_at: datetime
+    inflight_run_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingClient:
+    """One of the clients of a sampling session: the first, whose ``clone_id`` is 0, or a copy in another process. Each
+    counts its samples from ``clone_id * SEQS_PER_CLIENT`` on."""
+
+    sampler_id: str
+    clone_id: int = 0
+
+    @classmethod
+    def of_seq(cls, sampler_id: str, seq_id: int) -> SamplingClient:
+        return cls(sampler_id, seq_id // SEQS_PER_CLIENT)
+
+
+SEQS_PER_CLIENT = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedSequence:
+    """A sampled sequence as it was when it was sampled; ``logprobs_N`` float32, of the temperature-scaled
+    distribution."""
+
+    sequence_id: str
+    prompt_tokens_P: Int64Array
+    tokens_N: Int64Array
+    logprobs_N: Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """``event`` reads ``<resource>_<action>``; ``details`` say who did it (``actor``) and what it was about."""
+
+    at: datetime
+    event: str
+    details: Mapping[str, str | int | None]
+
+
+class UsageKey(NamedTuple):
+    """What usage is counted by. ``session_id`` is empty where there is none."""
+
+    tenant_id: str
+    hour: datetime
+    session_id: str
+    base_model: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """A tenant's usage of one kind in one hour, and what its session says of itself today."""
+
+    hour: datetime
+    session_id: str | None
+    base_model: str
+    kind: str
+    quantity: int
+    project_id: str | None
+    user_metadata: Mapping[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointStorage:
+    """What the checkpoints of one owner in one project hold now."""
+
+    project_id: str
+    owner: Tenant
+    num_checkpoints: int
+    num_bytes: int

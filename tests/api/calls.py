@@ -12,6 +12,7 @@ PROTOBUF = {"Content-Type": "application/x-protobuf"}
 BASE_MODEL = "tests/tiny-qwen3"
 ALIAS = "tiny-qwen3"
 ALICE, BOB = "tml-alice", "tml-bob"
+SHARED_PROJECT = "alice-and-bob"
 LIMIT_BYTES = 2**20
 TOKENS = [10, 20, 30, 40, 50]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from starlette.types import ASGIApp
 
-from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, new_session, post, result
+from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, SHARED_PROJECT, new_session, post, result
 from tuft.api.http import create_app
 from tuft.app import model_sources, open_store, start_engine
 from tuft.config import Config
@@ -43,6 +44,10 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Config
         limits={"max_request_bytes": LIMIT_BYTES, "max_num_samples": 4, "max_runs_per_tenant": 1000},
         base_models=[{"name": BASE_MODEL, "path": str(tiny_model), "aliases": [ALIAS], "precision": "float32"}],
         keys=[{"tenant": "alice", "key": ALICE}, {"tenant": "bob", "key": BOB}],
+        projects=[
+            {"project_id": SHARED_PROJECT, "tenants": ["alice", "bob"]},
+            {"project_id": "bobs", "tenants": ["bob"]},
+        ],
     )
 
 
@@ -59,19 +64,24 @@ def server(config: Config) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def loading_server(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server whose engine has not loaded anything yet."""
-    early = config.model_copy(update={"home": tmp_path_factory.mktemp("early")})
+    """A server whose engine has not loaded anything yet; it exchanges no keys for tokens."""
+    plain = config.server.model_copy(update={"jwt_auth": False})
+    early = config.model_copy(update={"home": tmp_path_factory.mktemp("early"), "server": plain})
     engine = EngineProcess(model_sources(early), EngineSettings())
     with serving(early, engine) as served:
         yield served
 
 
 @contextmanager
-def serving(config: Config, engine: EngineProcess) -> Iterator[Served]:
+def serving(
+    config: Config, engine: EngineProcess, port: int = 0, around: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> Iterator[Served]:
+    """The application, with ``around`` it what a test wants to see of its traffic."""
     database = open_store(config)
     services = Services(config, database, engine)
-    listener = socket.create_server(("127.0.0.1", 0))
-    http = uvicorn.Server(uvicorn.Config(create_app(services), log_config=None, access_log=False, lifespan="off"))
+    listener = socket.create_server(("127.0.0.1", port))
+    app = around(create_app(services))
+    http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     started = threading.Event()
 
     async def serve() -> None:

@@ -20,6 +20,11 @@ SAMPLE = {
     "num_samples": 1,
     "prompt_logprobs": True,
     "topk_prompt_logprobs": 0,
+    "topk_sample_logprobs": 1,
+    "target_prompt_logprobs": {"data": [1] * 4, "dtype": "int64", "shape": [4, 1], "sparse_crow_indices": None},
+    "prompt_alt_tokens_k": 1,
+    "prompt_logprobs_last_n": 2,
+    "record_stability_info": False,
 }
 CREATE = {
     "session_id": "SESSION",
@@ -30,7 +35,17 @@ CREATE = {
 }
 OPERATION = {"model_id": "RUN", "seq_id": 1}
 REQUESTS: dict[str, dict[str, Any]] = {
-    "create_session": {"tags": ["a"], "user_metadata": {}, "sdk_version": "1", "display_name": "d"},
+    "create_session": {"tags": ["a"], "user_metadata": {}, "sdk_version": "1", "display_name": "d", "project_id": "p"},
+    "sessions/search": {
+        "session_id": "SESSION",
+        "project_ids": ["p"],
+        "user_metadata": {"a": "b"},
+        "display_name": "d",
+        "owner": {"type": "user", "owner_urns": ["urn:tuft:tenant:alice"]},
+        "statuses": [{"type": "client_finished", "reasons": ["success"]}],
+        "limit": 50,
+        "cursor": {"last_created_at": "2026-01-01T00:00:00Z", "last_session_id": "SESSION"},
+    },
     "session_heartbeat": {"session_id": "SESSION"},
     "sessions/SESSION/finish": {"reason": {"type": "x"}, "detail": "d"},
     "create_model": CREATE,
@@ -39,6 +54,15 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "optim_step": {**OPERATION, "adam_params": {"learning_rate": 0.1, "beta1": 0.5}},
     "save_weights": {**OPERATION, "path": "p", "ttl_seconds": 3600, "user_metadata": {"a": "b"}},
     "save_weights_for_sampler": {**OPERATION, "sampling_session_seq_id": 7, "path": None, "ttl_seconds": None},
+    "save_weights_external": {**OPERATION, "path": "p", "ttl_seconds": 3600, "age_encryption_recipients": ["age1"]},
+    "copy_weights": {
+        "source_path": "tinker://a/weights/b",
+        "session_id": "SESSION",
+        "model_seq_id": 5,
+        "destination_project_id": None,
+        "ttl_seconds": 3600,
+        "weights_access_token": "tml-x",
+    },
     "load_weights": {**OPERATION, "path": "tinker://a/weights/b", "optimizer": True},
     "create_sampling_session": {"session_id": "SESSION", "sampling_session_seq_id": 3, "base_model": BASE_MODEL},
     "asample": SAMPLE,

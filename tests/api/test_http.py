@@ -16,6 +16,8 @@ def subclasses(kind: type[errors.TuftError]) -> list[type[errors.TuftError]]:
 
 EXPECTED = {
     "Unauthorized": 401,
+    "InvalidToken": 401,
+    "Forbidden": 403,
     "NotFound": 404,
     "Gone": 410,
     "TooLarge": 413,
@@ -42,9 +44,9 @@ def test_a_client_error_has_a_detail_and_a_content_length(server: Served) -> Non
 
 
 def test_a_route_that_does_not_exist_is_named(server: Served) -> None:
-    response = server.alice.post("/api/v1/copy_weights", json={})
+    response = server.alice.post("/api/v1/no_such_route", json={})
     assert response.status_code == 404
-    assert response.json() == {"detail": "this server does not know POST /api/v1/copy_weights"}
+    assert response.json() == {"detail": "this server does not know POST /api/v1/no_such_route"}
 
 
 def test_a_ready_server_says_so_and_names_its_models(server: Served) -> None:

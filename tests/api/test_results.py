@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import tinker
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
+from tinker.proto.response_conv import deserialize_forward_backward_output
 from tinker.types import load_weights_response, save_weights_response, unload_model_response
 from tinker.types._pydantic_types import optim_step_response, save_weights_for_sampler_response
 
@@ -43,48 +42,6 @@ def test_losses_in_json_are_those_in_protobuf(arrays: list[Any]) -> None:
     for a, b in zip(in_json["loss_fn_outputs"], in_proto.loss_fn_outputs, strict=True):
         tensor = tinker.TensorData(**a["logprobs"])
         np.testing.assert_array_equal(tensor.to_numpy(), b["logprobs"].to_numpy())
-
-
-def sample_result() -> types.SampleResult:
-    return types.SampleResult(
-        sequences=(
-            types.SampledSequence(np.array([5, 2]), np.array([-0.5, -1.0], dtype=np.float32), "stop"),
-            types.SampledSequence(np.array([7]), np.array([-0.25], dtype=np.float32), "length"),
-        ),
-        prompt_logprobs_P=np.array([math.nan, -2.0], dtype=np.float32),
-        topk_prompt_ids_PK=np.array([[0, 0], [3, 4]]),
-        topk_prompt_logprobs_PK=np.array([[-99999.0, -99999.0], [-0.5, -1.5]], dtype=np.float32),
-    )
-
-
-def test_the_sdk_reads_back_a_sample() -> None:
-    response = deserialize_sample_response(results.encode_proto(sample_result()))
-    assert [sequence.tokens for sequence in response.sequences] == [[5, 2], [7]]
-    assert [sequence.logprobs for sequence in response.sequences] == [[-0.5, -1.0], [-0.25]]
-    assert [sequence.stop_reason for sequence in response.sequences] == ["stop", "length"]
-    assert response.prompt_logprobs == [None, -2.0]
-    assert response.topk_prompt_logprobs == [None, [(3, -0.5), (4, -1.5)]]
-
-
-def test_a_sample_in_json_says_the_same() -> None:
-    response = json.loads(results.encode_json(sample_result()))
-    assert response == {
-        "type": "sample",
-        "sequences": [
-            {"stop_reason": "stop", "tokens": [5, 2], "logprobs": [-0.5, -1.0]},
-            {"stop_reason": "length", "tokens": [7], "logprobs": [-0.25]},
-        ],
-        "prompt_logprobs": [None, -2.0],
-        "topk_prompt_logprobs": [None, [[3, -0.5], [4, -1.5]]],
-    }
-
-
-def test_what_was_not_asked_for_is_absent() -> None:
-    bare = types.SampleResult(sequences=sample_result().sequences)
-    response = deserialize_sample_response(results.encode_proto(bare))
-    assert response.prompt_logprobs is None
-    assert response.topk_prompt_logprobs is None
-    assert set(json.loads(results.encode_json(bare))) == {"type", "sequences"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse, GetServerCapabilitiesResponse
 
-from tests.api.calls import ALIAS, BASE_MODEL, post
+from tests.api.calls import ALIAS, BASE_MODEL, SHARED_PROJECT, post
 from tests.api.conftest import Served
 
 
@@ -13,9 +13,9 @@ def test_the_client_configuration_is_what_the_sdk_understands(server: Served) ->
     config = ClientConfigResponse.model_validate(answer)
     assert config.parallel_fwdbwd_chunks
     assert config.proto_compress_fwdbwd
-    assert not config.pjwt_auth_enabled
-    assert not config.custom_loss_server_side
-    assert not config.sample_use_retrieve_futures
+    assert config.pjwt_auth_enabled
+    assert config.custom_loss_server_side
+    assert config.sample_use_retrieve_futures
     ClientDynamicConfigResponse.model_validate(post(server.alice, "client/dynamic_config", sdk_version="0").json())
 
 
@@ -38,7 +38,7 @@ def test_a_session_lives_until_it_is_finished(server: Served) -> None:
     ).json()
     session_id = created["session_id"]
     assert "/" not in session_id
-    assert created == {"type": "create_session", "session_id": session_id}
+    assert created["type"] == "create_session"
     assert post(server.alice, "session_heartbeat", session_id=session_id).json() == {"type": "session_heartbeat"}
     shown = server.alice.get(f"/api/v1/sessions/{session_id}").json()
     assert shown == {
@@ -57,9 +57,45 @@ def test_a_session_of_the_oldest_sdks_needs_no_field(server: Served) -> None:
     assert post(server.alice, "create_session", user_metadata=None).json()["session_id"]
 
 
-def test_a_project_is_not_ignored_in_silence(server: Served) -> None:
-    created = post(server.alice, "create_session", tags=[], project_id="p").json()
-    assert "project_id" in created["warning_message"]
+def test_a_project_of_others_takes_no_session_of_ours(server: Served, session_id: str) -> None:
+    refused = [
+        post(server.alice, "create_session", tags=[], project_id="bobs"),
+        server.alice.put(f"/api/v1/sessions/{session_id}/project", json={"project_id": "bobs"}),
+    ]
+    for response in refused:
+        assert response.status_code == 403
+        assert response.json()["detail"] == "project_id: 'alice' is no member of the project 'bobs'"
+
+
+def test_a_session_moves_between_projects_and_only_its_owner_moves_it(server: Served, session_id: str) -> None:
+    def project_of() -> str:
+        (found,) = post(server.alice, "sessions/search", session_id=session_id).json()["sessions"]
+        return str(found["project_id"])
+
+    path = f"/api/v1/sessions/{session_id}/project"
+    assert project_of() == "default"
+    for project_id in (SHARED_PROJECT, "mine alone", "default", SHARED_PROJECT):
+        moved = server.alice.put(path, json={"project_id": project_id})
+        assert (moved.status_code, moved.content) == (204, b"")
+        assert project_of() == project_id
+    assert server.bob.put(path, json={"project_id": SHARED_PROJECT}).status_code == 404
+    assert server.alice.put(path, json={}).json()["detail"] == "project_id: got None; is required"
+    assert server.alice.put("/api/v1/sessions/x/project", json={"project_id": SHARED_PROJECT}).status_code == 404
+
+
+def test_a_members_session_is_read_by_the_others_and_ended_by_its_owner_alone(server: Served) -> None:
+    created = post(server.alice, "create_session", project_id=SHARED_PROJECT, display_name="shared").json()
+    session_id = created["session_id"]
+    path = f"/api/v1/sessions/{session_id}"
+    assert server.bob.get(path).status_code == 404
+    assert server.bob.get(path, params={"access_scope": "owned"}).status_code == 404
+    assert server.bob.get(path, params={"access_scope": "accessible"}).json()["display_name"] == "shared"
+    for scope, seen in (("owned", False), ("accessible", True)):
+        listed = server.bob.get("/api/v1/sessions", params={"access_scope": scope}).json()["sessions"]
+        assert (session_id in listed) is seen
+    assert server.bob.post(f"{path}/finish", json={"reason": {"type": "success"}}).status_code == 404
+    assert post(server.bob, "session_heartbeat", session_id=session_id).status_code == 410
+    assert post(server.alice, "session_heartbeat", session_id=session_id).status_code == 200
 
 
 def test_telemetry_is_accepted_and_the_connection_stays_usable(server: Served) -> None:

@@ -109,27 +109,32 @@ def test_a_retry_of_a_seq_gets_the_same_future(server: Served, run_id: str) -> N
     assert first["model_id"] == run_id
 
 
+DIMUON = {"type": "dimuon", "learning_rate": 0.1}
 WRONG_PAYLOADS = [
     ("optim_step", {"adam_params": {"beta1": "fast"}}, "adam_params.beta1: got 'fast'"),
     ("optim_step", {"adam_params": {"beta1": 1.5}}, "adam_params.beta1: got 1.5"),
     ("optim_step", {}, "adam_params: got None; is required"),
-    (
-        "optim_step",
-        {"optimizer_params": {"type": "dimuon", "learning_rate": 1}},
-        "optimizer_params.type: got 'dimuon'; is not supported by this server yet",
-    ),
+    ("optim_step", {"optimizer_params": DIMUON}, "optimizer_params: got 'dimuon'; the run's optimizer is 'adamw'"),
+    ("optim_step", {"optimizer_params": {"type": "sgd"}}, "optimizer_params.type: got 'sgd'; must be 'adamw' or 'dim"),
+    ("optim_step", {"optimizer_params": {"type": "dimuon"}}, "optimizer_params.learning_rate: got None; is required"),
+    ("optim_step", {"optimizer_params": {}}, "optimizer_params.type: got None; is required"),
+    ("optim_step", {"adam_params": {}, "optimizer_params": DIMUON}, "optimizer_params: got 'dimuon'; must be absent"),
     ("save_weights", {"path": 3}, "path: got 3; must be a valid string"),
     ("save_weights", {"path": "a/b"}, "path: got 'a/b'"),
     ("save_weights", {"path": "a", "ttl_seconds": 1}, "ttl_seconds: got 1"),
-    ("save_weights_for_sampler", {"path": None, "kind": "inflight", "sampling_session_seq_id": 1}, "kind: got 'infl"),
+    ("save_weights_for_sampler", {"path": None, "kind": "live", "sampling_session_seq_id": 1}, "kind: got 'live'"),
     ("save_weights_for_sampler", {}, "sampling_session_seq_id: got None"),
     ("load_weights", {"optimizer": True}, "path: got None; is required"),
     ("load_weights", {"path": "x", "optimizer": True}, "path: got 'x'"),
-    ("load_weights", {"path": "x", "weights_access_token": "t"}, "weights_access_token: got 'a token'; is not supp"),
+    ("load_weights", {"path": "x", "optimizer_config": {"type": "dimuon"}}, "optimizer_config.type: got 'dimuon'"),
+    ("load_weights", {"path": "tinker://a/weights/b", "weights_access_token": "tml-x"}, "weights_access_token: got"),
+    ("save_weights_external", {}, "path: got None; is required"),
+    ("save_weights_external", {"path": "../x"}, "path: got '../x'; must be 1 to 128"),
+    ("save_weights_external", {"path": "x", "ttl_seconds": 1}, "ttl_seconds: got 1; must be 3600 to"),
     ("forward", {}, "forward_input: got None; must be an object"),
     ("forward_backward", {"forward_backward_input": {"data": []}}, "forward_backward_input.loss_fn: got None"),
     ("forward_backward", {"forward_backward_input": {"data": [], "loss_fn": "cross_entropy"}}, "data: got []"),
-    ("forward_backward", {"forward_backward_input": cross_entropy([1, 2], loss_fn="dro")}, "loss_fn: got 'dro'"),
+    ("forward_backward", {"forward_backward_input": cross_entropy([1, 2], loss_fn="dpo")}, "loss_fn: got 'dpo'"),
     ("forward_backward", {"forward_backward_input": cross_entropy([1, 9999])}, "data[0].loss_fn_inputs.target_tokens"),
 ]
 
@@ -170,7 +175,8 @@ def test_a_protobuf_without_an_envelope_is_refused_at_once(server: Served) -> No
         ({"lora_config": {"rank": 0}}, "lora_config.rank: got 0; must be 1 to 256"),
         ({"lora_config": {"rank": "8"}}, "lora_config.rank: got '8'; must be a valid integer"),
         ({"model_seq_id": None}, "model_seq_id: got None; must be a valid integer"),
-        ({"optimizer_config": {"type": "dimuon", "version": 1}}, "optimizer_config.type: got 'dimuon'; is not supp"),
+        ({"optimizer_config": {"type": "sgd"}}, "optimizer_config.type: got 'sgd'; must be 'adamw' or 'dimuon'"),
+        ({"optimizer_config": {"type": "dimuon", "version": 2}}, "optimizer_config.version: got 2; must be 1"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -13,6 +14,7 @@ from tests.models.tiny import make_tiny_model
 from tuft.engine.adapters import Adapters
 from tuft.engine.base import (
     BaseModelSource,
+    CancelSample,
     Command,
     CreateAdapter,
     DropAdapter,
@@ -26,15 +28,17 @@ from tuft.engine.base import (
 from tuft.engine.executor import Executor
 from tuft.engine.loaded import LoadedModel, load_models
 from tuft.engine.mailbox import Batch, Reply
-from tuft.errors import EngineError, InvalidInput
+from tuft.errors import EngineError, InvalidInput, UserError
 from tuft.types import (
     AdamParams,
     AdapterState,
     Datum,
+    DimuonParams,
     LoraSpec,
     LossResult,
     OptimStepResult,
     SampleResult,
+    SampleSpec,
     SamplingParams,
 )
 
@@ -144,7 +148,7 @@ def test_no_command_passes_another_of_its_adapter(models: list[LoadedModel]) -> 
 
 def test_adapters_that_leave_the_device_between_turns_are_none_the_worse(models: list[LoadedModel]) -> None:
     """Room for none: each turn fetches the adapters it wants and lets go of all others; a sample keeps its own."""
-    sample = Sample(MODEL, "a", (5, 6, 7), SamplingParams(max_tokens=30, stop=(), seed=1))
+    sample = Sample(MODEL, "a", SampleSpec((5, 6, 7), SamplingParams(max_tokens=30, stop=(), seed=1)))
     work = [[loss("a"), loss("b")], [step("a")], [loss("b"), step("b")], [sample], [loss("c")], [step("c"), loss("a")]]
     exports: list[Command] = [ExportAdapter(name, True) for name in ("a", "b", "c")]
     paged, kept = (
@@ -216,7 +220,33 @@ def test_a_step_that_fails_fails_alone(models: list[LoadedModel]) -> None:
 
 
 def test_a_sample_steps_between_any_two_commands(models: list[LoadedModel]) -> None:
-    sample = Sample(MODEL, None, (7, 8, 9), SamplingParams(max_tokens=4, stop=(), seed=1))
+    sample = Sample(MODEL, None, SampleSpec((7, 8, 9), SamplingParams(max_tokens=4, stop=(), seed=1)))
     busy = [step("a"), loss("a", PASS), ExportAdapter("a", True), loss("a", PASS), step("a"), loss("a", PASS)]
     said = replies(models, create("a"), [sample], busy)
     assert [number for number, _ in said].index(1) <= 5
+
+
+def test_a_sample_is_cancelled_where_it_is(models: list[LoadedModel]) -> None:
+    """In the sampler, or still behind a command that makes its adapter; nobody else is."""
+    spec = SampleSpec((5, 6, 7), SamplingParams(max_tokens=300, stop=(), seed=1))
+    short = replace(spec, params=replace(spec.params, max_tokens=3))
+    samples = [Sample(MODEL, None, spec, sample_id="joined"), Sample(MODEL, "a", spec, sample_id="behind")]
+    cancels = [CancelSample("behind"), CancelSample("joined"), CancelSample("nobody")]
+    said = replies(models, [*create("a"), *samples, Sample(MODEL, "a", short, sample_id="stays")], cancels)
+    assert [number for number, _ in said[:5]] == [2, 4, 1, 5, 6]
+    results = dict(said)
+    assert isinstance(results[1], UserError)
+    assert isinstance(results[2], UserError)
+    assert [results[number] for number in (0, 4, 5, 6)] == [None] * 4
+    assert isinstance(results[3], SampleResult)
+
+
+def test_a_sample_steps_between_steps_of_dimuon(models: list[LoadedModel]) -> None:
+    """Steps of AdamW would all be computed in one call."""
+    names = "abcdefgh"
+    created: list[Command] = [CreateAdapter(name, MODEL, LoraSpec(rank=2), "dimuon") for name in names]
+    first, *others = (OptimStep(name, DimuonParams(0.1)) for name in names)
+    sample = Sample(MODEL, "a", SampleSpec((7, 8, 9), SamplingParams(max_tokens=4, stop=(), seed=1)))
+    said = replies(models, created, [first, sample, *others])
+    assert all(isinstance(result, SampleResult | OptimStepResult) for _, result in said[8:])
+    assert 0 < order(said, 8).index(1) < 8

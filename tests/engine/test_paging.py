@@ -54,8 +54,8 @@ def test_room_is_made_for_as_many_as_are_needed() -> None:
 def test_an_adapter_comes_back_with_the_bits_it_left_with() -> None:
     adapter = new_adapter()
     adapter.params_P.copy_(random(len(adapter.params_P), seed=1))
-    adapter.exp_avg_P.copy_(random(len(adapter.params_P), seed=2))
-    adapter.exp_avg_sq_P.copy_(random(len(adapter.params_P), seed=3))
+    adapter.moments["exp_avg"].copy_(random(len(adapter.params_P), seed=2))
+    adapter.moments["exp_avg_sq"].copy_(random(len(adapter.params_P), seed=3))
     adapter.add_gradients(random(len(adapter.params_P), seed=4))
     before = adapter.state(with_optimizer=True)
     half = adapter.views(torch.bfloat16)["0.o"].A_RK.clone()

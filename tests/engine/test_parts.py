@@ -14,6 +14,7 @@ from tests.engine.test_trainer import (
     cross_entropy,
     gradients_of,
     in_parts,
+    known_loss,
     load_adapter,
     neighbour,
     raising,
@@ -23,7 +24,7 @@ from tests.engine.test_trainer import (
     without_weights,
 )
 from tuft.engine.base import RunLoss
-from tuft.engine.losses import LOSSES, Loss
+from tuft.engine.losses import Loss
 from tuft.engine.packing import pack
 from tuft.engine.trainer import Trainer
 from tuft.errors import EngineError, InvalidInput, UserError
@@ -134,7 +135,7 @@ def test_a_failed_part_fails_those_that_follow_with_the_same_error(culprit: int)
     parts = in_parts(cross_entropy("a", tuple(data)), 48)
     replies = [run_all(trainer, [part], {"a": adapter})[0] for part in parts]
     assert replies[:culprit] == [None] * culprit
-    assert str(replies[culprit]) == f"data[{culprit}].model_input[4]: got 384; must be a token id, 0 to 383"
+    assert str(replies[culprit]) == f"data[{culprit}].model_input[4]: got 384; token ids of the model are 0 to 383"
     assert all(reply is replies[culprit] for reply in replies[culprit:])
     assert adapter.gradients_P is None
     run_one(trainer, cross_entropy("a", data_of()), adapter)  # under the same operation_id: the failure is forgotten
@@ -175,7 +176,7 @@ def test_a_datum_computed_out_of_order_is_named_by_its_place_in_the_operation(cu
 
 def test_what_a_failed_pass_has_left_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The culprit's rows come last, so the pass fails when the other's losses and head gradients are there already."""
-    monkeypatch.setitem(LOSSES, "raising", Loss(raising))
+    known_loss(monkeypatch, "raising", Loss(raising))
     decoder = tiny_decoder("float32")
     alone, fused = new_adapter(decoder), new_adapter(decoder)
     operation = cross_entropy("mine", data_of())

@@ -6,15 +6,16 @@ import pytest
 
 from tests.models.tiny import tiny_tokenizer
 from tuft.engine.base import Sample
+from tuft.engine.prompt_scores import PromptScores
 from tuft.engine.requests import Continuation, Request
 from tuft.engine.sampling import StopRule, uniforms
-from tuft.types import SamplingParams
+from tuft.types import SampleSpec, SamplingParams
 
 
 def make_request(num_prompt: int, max_new: int, stop: tuple[int, ...] = ()) -> Request:
-    command = Sample("tiny", None, tuple(range(num_prompt)), SamplingParams(max_new, seed=3, temperature=0.5))
-    rule = StopRule(stop, (), tiny_tokenizer().backend_tokenizer, command.prompt_tokens)
-    return Request("key", command, None, 3, max_new, rule, None)
+    spec = SampleSpec(tuple(range(num_prompt)), SamplingParams(max_new, seed=3, temperature=0.5))
+    rule = StopRule(stop, (), tiny_tokenizer().backend_tokenizer, spec.prompt_tokens)
+    return Request("key", Sample("tiny", None, spec), None, 3, max_new, rule, PromptScores(spec, 3))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis.strategies import DataObject, booleans, data, integers, sampled_from
+from hypothesis.strategies import DataObject, booleans, data, integers, none, sampled_from
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,16 @@ from tuft.models.load import load_weights
 from tuft.models.lora import Adapter
 from tuft.models.ops import Ops
 from tuft.models.tokenizer import load_tokenizer, write_tokenizer_files
-from tuft.types import Datum, LoraSpec, LossResult, SampledSequence, SampleResult, SamplingParams
+from tuft.types import (
+    Datum,
+    LoraSpec,
+    LossResult,
+    PromptScoring,
+    SampledSequence,
+    SampleResult,
+    SampleSpec,
+    SamplingParams,
+)
 
 each_precision = pytest.mark.parametrize("precision", ["float32", "bf16"])
 
@@ -78,8 +87,17 @@ def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist())
 
 
-def sample_of(prompt: Sequence[int], params: SamplingParams = ENDLESS, num_samples: int = 1, **options: Any) -> Sample:
-    return Sample("tiny", options.pop("adapter_id", None), tuple(prompt), params, num_samples, **options)
+def sample_of(
+    prompt: Sequence[int],
+    params: SamplingParams = ENDLESS,
+    num_samples: int = 1,
+    topk_logprobs: int = 0,
+    adapter_id: str | None = None,
+    cache_scope: str = "",
+    **scoring: Any,
+) -> Sample:
+    spec = SampleSpec(tuple(prompt), params, num_samples, topk_logprobs, PromptScoring(**scoring))
+    return Sample("tiny", adapter_id, spec, cache_scope)
 
 
 Wanted = tuple[Sample, Adapter | None]
@@ -113,16 +131,26 @@ def assert_same(actual: SampleResult | TuftError, expected: SampleResult | TuftE
         np.testing.assert_array_equal(mine.tokens_N, theirs.tokens_N)
         np.testing.assert_array_equal(mine.logprobs_N, theirs.logprobs_N)
         assert mine.stop_reason == theirs.stop_reason
-    for name in ("prompt_logprobs_P", "topk_prompt_ids_PK", "topk_prompt_logprobs_PK"):
+        assert_same_arrays(mine.topk, theirs.topk)
+    np.testing.assert_array_equal(actual.prompt_logprobs_P, expected.prompt_logprobs_P)
+    for name in ("topk_prompt", "target_prompt_logprobs", "prompt_alternatives"):
+        assert_same_arrays(getattr(actual, name), getattr(expected, name))
+
+
+def assert_same_arrays(actual: object, expected: object) -> None:
+    assert type(actual) is type(expected)
+    for name in getattr(expected, "__slots__", ()):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
-def trainer_logprobs(decoder: Decoder, tokens: Sequence[int], adapter: Adapter | None) -> np.ndarray:
-    """The trainer's forward logprobs of ``tokens[1:]``."""
+def trainer_logprobs(
+    decoder: Decoder, tokens: Sequence[int], adapter: Adapter | None, targets_T: np.ndarray | None = None
+) -> np.ndarray:
+    """The trainer's forward logprobs of ``targets_T``, or of the tokens themselves, behind ``tokens[:-1]``."""
     if adapter is None:
         adapter = make_adapter(decoder, size=0.0)  # B is zero
     tokens_T = np.asarray(tokens)
-    datum = Datum(tokens_T[:-1], {"target_tokens": tokens_T[1:]})
+    datum = Datum(tokens_T[:-1], {"target_tokens": tokens_T[1:] if targets_T is None else targets_T})
     operation = RunLoss("a", (datum,), "cross_entropy", backward=False)
     ((_, result),) = Trainer(decoder, 2048).run([operation], {"a": adapter})
     assert isinstance(result, LossResult), result
@@ -131,11 +159,13 @@ def trainer_logprobs(decoder: Decoder, tokens: Sequence[int], adapter: Adapter |
 
 def distance_to_trainer(decoder: Decoder, command: Sample, adapter: Adapter | None, **settings: int) -> np.ndarray:
     """Absolute differences of sampled and prompt logprobs to the trainer's on the same tokens."""
-    result = run_one(decoder, replace(command, prompt_logprobs=True), adapter, **settings)
-    num_prompt = len(command.prompt_tokens)
+    prompt = command.spec.prompt_tokens
+    scored = replace(command, spec=replace(command.spec, scoring=PromptScoring(logprobs=True)))
+    result = run_one(decoder, scored, adapter, **settings)
+    num_prompt = len(prompt)
     found = []
     for sequence in result.sequences:
-        expected = trainer_logprobs(decoder, [*command.prompt_tokens, *sequence.tokens_N.tolist()], adapter)
+        expected = trainer_logprobs(decoder, [*prompt, *sequence.tokens_N.tolist()], adapter)
         found.append(np.abs(sequence.logprobs_N - expected[num_prompt - 1 :]))
         assert result.prompt_logprobs_P is not None
         assert np.isnan(result.prompt_logprobs_P[0])
@@ -184,21 +214,6 @@ def test_greedy_sampling_equals_transformers(kind: TinyKind) -> None:
         assert result.sequences[0].tokens_N.tolist() == expected[0, length:].tolist()
 
 
-def test_the_alternatives_of_prompt_tokens_are_the_likeliest_tokens() -> None:
-    decoder, prompt = tiny_decoder(), prompt_of(90)
-    model = AutoModelForCausalLM.from_pretrained(tiny_directory("qwen3"), dtype=torch.float32)
-    with torch.no_grad():
-        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], -1).topk(5)
-    result = run_one(decoder, sample_of(prompt, topk_prompt_logprobs=5), micro_batch_tokens=256)
-    assert result.prompt_logprobs_P is None
-    assert result.topk_prompt_ids_PK is not None
-    assert result.topk_prompt_logprobs_PK is not None
-    np.testing.assert_array_equal(result.topk_prompt_ids_PK[1:], expected.indices[:-1].numpy())
-    np.testing.assert_allclose(result.topk_prompt_logprobs_PK[1:], expected.values[:-1].numpy(), atol=TOLERANCE)
-    assert result.topk_prompt_ids_PK[0].tolist() == [0] * 5
-    assert result.topk_prompt_logprobs_PK[0].tolist() == [-99999.0] * 5
-
-
 # --- alone or among others --------------------------------------------------------------------------------------------
 
 
@@ -211,7 +226,7 @@ def test_a_seeded_sample_has_the_same_bits_beside_others(
     decoder = tiny_decoder(precision=precision, ops=ops)
     adapters = [None, *(make_adapter(decoder, seed) for seed in range(3))]
     wanted: list[Wanted] = [
-        (sample_of(prompt_of(17), num_samples=2, prompt_logprobs=True, topk_prompt_logprobs=2), adapters[1])
+        (sample_of(prompt_of(17), num_samples=2, topk_logprobs=3, logprobs=True, topk=2), adapters[1])
     ]
     for n in range(num_others):
         params = replace(ENDLESS, seed=n, max_tokens=3 + 5 * n, temperature=0.8, top_k=-1 if n % 2 else 20)
@@ -237,9 +252,7 @@ def test_a_seeded_sample_has_the_same_bits_when_room_is_short(precision: Precisi
 
 def test_a_prompt_cut_into_chunks_has_the_same_bits_beside_others() -> None:
     decoder = tiny_decoder()
-    wanted: list[Wanted] = [
-        (sample_of(prompt_of(length, length), prompt_logprobs=True), None) for length in (300, 5, 130, 64)
-    ]
+    wanted: list[Wanted] = [(sample_of(prompt_of(length, length), logprobs=True), None) for length in (300, 5, 130, 64)]
     alone = [run_one(decoder, command, micro_batch_tokens=256) for command, _ in wanted]
     for actual, expected in zip(run(make_sampler(decoder, micro_batch_tokens=256), wanted), alone, strict=True):
         assert_same(actual, expected)
@@ -349,8 +362,8 @@ def test_what_one_tenant_or_adapter_computed_serves_no_other(other: str) -> None
 def test_prompt_logprobs_are_computed_although_the_prompt_is_known_and_make_it_known() -> None:
     decoder = tiny_decoder()
     sampler = make_sampler(decoder)
-    plain = sample_of(prompt_of(150), replace(ENDLESS, max_tokens=1))
-    scored = replace(plain, prompt_logprobs=True)
+    params = replace(ENDLESS, max_tokens=1)
+    plain, scored = (sample_of(prompt_of(150), params, logprobs=asked) for asked in (False, True))
     found = [rows_of(decoder, sampler, [(command, None)]) for command in (scored, plain, scored)]
     assert [num_rows for num_rows, _ in found] == [150, 0, 150]
     for (_, (outcome,)), command in zip(found, (scored, plain, scored), strict=True):
@@ -381,11 +394,13 @@ def test_no_page_is_lost_whatever_comes_and_goes(drawn: DataObject) -> None:
     for key in range(num_wanted):
         length = drawn.draw(sampled_from([1, 16, 100, 128, 140, 256, 290]))
         params = replace(ENDLESS, seed=drawn.draw(number), max_tokens=drawn.draw(integers(1, 24)), stop=(5, 6, 7))
+        last_n = drawn.draw(none() | integers(1, length - 1)) if length > 1 else None
         command = sample_of(
             prompt_of(length, drawn.draw(integers(0, 1))),
             params,
             drawn.draw(integers(1, 7)),
-            prompt_logprobs=drawn.draw(booleans()),
+            logprobs=last_n is not None or drawn.draw(booleans()),
+            last_n=last_n,
             cache_scope=drawn.draw(sampled_from(["a", "b"])),
         )
         sampler.add(key, command, adapters[drawn.draw(integers(0, 2))])
@@ -457,7 +472,11 @@ def test_generation_ends_at_max_tokens_or_the_context_limit(
         (sample_of((5, VOCAB_SIZE)), rf"^prompt\[1\]: got {VOCAB_SIZE}; must be 0 to {VOCAB_SIZE - 1}"),
         (sample_of((-1,)), r"^prompt\[0\]: got -1"),
         (sample_of((5,), num_samples=0), r"^num_samples: got 0"),
-        (sample_of((5,), topk_prompt_logprobs=-1), r"^topk_prompt_logprobs: got -1"),
+        (sample_of((5,), topk=-1), r"^topk_prompt_logprobs: got -1"),
+        (
+            sample_of((5,), topk_logprobs=VOCAB_SIZE + 1),
+            rf"^topk_sample_logprobs: got {VOCAB_SIZE + 1}; must be 0 to {VOCAB_SIZE}",
+        ),
         (sample_of((5,), SamplingParams(temperature=-1.0)), r"^sampling_params.temperature: got -1"),
         (
             sample_of(prompt_of(300), SamplingParams(max_tokens=None)),

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_tokenizer
-from tuft.engine.sampling import Draw, StopRule, check_params, draw_tokens, uniforms
+from tuft.engine.sampling import (
+    Draw,
+    StopRule,
+    alternative_uniforms,
+    check_params,
+    draw_tokens,
+    inverse_cdf,
+    likeliest,
+    uniforms,
+)
 from tuft.errors import InvalidInput
 from tuft.types import SamplingParams
 
@@ -97,6 +106,25 @@ def test_of_equals_the_first_in_the_vocabulary_are_kept() -> None:
     assert {draw(logits, u, top_p=0.6)[0] for u in np.linspace(0, 0.999, 50)} == {1, 2, 3}
 
 
+def test_the_likeliest_are_told_in_order_of_the_vocabulary_and_of_equals_the_first() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.4, 0.2, 0.2])
+    assert [likeliest(logits, count).tolist() for count in (1, 2, 3, 4, 6)] == [
+        [1],
+        [1, 3],
+        [1, 2, 3],
+        [1, 2, 3, 4],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
+def test_several_draws_from_a_row_are_each_as_if_alone() -> None:
+    probs = torch.softmax(random_logits(rows=3), dim=-1)
+    uniforms_MK = torch.rand(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    together = inverse_cdf(probs, uniforms_MK)
+    for k in range(7):
+        assert torch.equal(inverse_cdf(probs, uniforms_MK[:, k : k + 1])[:, 0], together[:, k])
+
+
 def test_top_p_counts_within_what_top_k_left() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     seen = {draw(logits, u, top_k=2, top_p=0.5)[0] for u in np.linspace(0, 0.999, 50)}
@@ -153,6 +181,15 @@ def test_uniforms_are_the_same_however_many_are_drawn_at_once() -> None:
     ahead = uniforms(3, 1, 100, 40)
     assert ahead[:7] == uniforms(3, 1, 100, 7)
     assert [uniform(3, 1, 100 + n) for n in range(40)] == ahead
+
+
+def test_the_numbers_of_alternatives_are_those_of_no_sample() -> None:
+    numbers = alternative_uniforms(3, 100, 5, 4)
+    assert numbers.shape == (5, 4)
+    np.testing.assert_array_equal(alternative_uniforms(3, 102, 3, 2), numbers[2:, :2])
+    of_samples = {uniform(3, index, 100 + n) for index in range(4) for n in range(5)}
+    assert of_samples.isdisjoint(numbers.ravel().tolist())
+    assert len(set(numbers.ravel().tolist())) == 20
 
 
 def test_uniforms_are_uniform() -> None:

@@ -29,6 +29,7 @@ from tuft.engine.losses import LOSSES, Loss, LossRecord, LossTerms
 from tuft.engine.optim import optim_steps
 from tuft.engine.trainer import Trainer
 from tuft.errors import EngineError, TuftError, UserError
+from tuft.losses import LOSS_SIGNATURES, LossSignature
 from tuft.models.decoder import Decoder, Precision
 from tuft.models.load import load_weights
 from tuft.models.lora import Adapter
@@ -286,9 +287,14 @@ def test_bad_data_is_refused_before_it_is_computed_with_others() -> None:
 
     first, second, third = run_all(Trainer(decoder, 512), operations, {"a": adapter})
 
-    assert str(first) == f"data[1].model_input[4]: got {decoder.config.vocab_size}; must be a token id, 0 to 383"
+    assert str(first) == f"data[1].model_input[4]: got {decoder.config.vocab_size}; token ids of the model are 0 to 383"
     assert isinstance(second, LossResult)
     assert "nobody" in str(third)
+
+
+def known_loss(monkeypatch: pytest.MonkeyPatch, name: str, loss: Loss) -> None:
+    monkeypatch.setitem(LOSSES, name, loss)  # type: ignore[arg-type]
+    monkeypatch.setitem(LOSS_SIGNATURES, name, LossSignature())  # type: ignore[arg-type]
 
 
 def raising(record: LossRecord) -> LossTerms:
@@ -298,7 +304,7 @@ def raising(record: LossRecord) -> LossTerms:
 def test_what_a_shared_pass_raises_is_blamed_on_the_culprit_only(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(LOSSES, "raising", Loss(raising))
+    known_loss(monkeypatch, "raising", Loss(raising))
     decoder = tiny_decoder("float32")
     trainer = Trainer(decoder, 512)
     state = random_adapter_state(decoder.config, LoraSpec(rank=5, seed=1))
@@ -401,17 +407,21 @@ def test_soft_targets_are_summed_over_their_alternatives() -> None:
 
 
 def with_metrics(record: LossRecord) -> LossTerms:
-    return LossTerms(-record.logprobs_M, {"p:mean": record.logprobs_M, "twos:sum": record.inputs["two"]})
+    p_M = record.logprobs_M
+    return LossTerms(
+        -p_M, lambda: {"p:mean": p_M, "p:min": p_M, "p:max": p_M, "two:sum": torch.tensor([2.0]), "of:mean": p_M[:0]}
+    )
 
 
 def test_a_losss_own_metrics_are_reduced_as_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOSSES, "with_metrics", Loss(with_metrics, defaults={"two": 2.0}))
+    known_loss(monkeypatch, "with_metrics", Loss(with_metrics))
     decoder = tiny_decoder("float32")
     adapter = load_adapter(decoder, random_adapter_state(decoder.config, LoraSpec(rank=5, seed=1)))
     data = tuple(without_weights(datum) for datum in random_data(decoder.config.vocab_size, (30, 3, 30)))
-    metrics = run_one(Trainer(decoder, 32), RunLoss("a", data, "with_metrics"), adapter).metrics
-    assert metrics["twos:sum"] == 2 * 63
-    assert metrics["p:mean"] == pytest.approx(-metrics["loss:sum"] / 63)
+    result = run_one(Trainer(decoder, 32), RunLoss("a", data, "with_metrics"), adapter)
+    p = np.concatenate(result.logprobs)
+    expected = {"loss:sum": -p.sum(), "p:mean": p.mean(), "p:min": p.min(), "p:max": p.max(), "two:sum": 3 * 2.0}
+    assert result.metrics == pytest.approx(expected)  # three parts; the mean of nothing is left out
 
 
 def test_bf16_stays_within_its_bound_of_float32() -> None:

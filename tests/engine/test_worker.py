@@ -27,7 +27,7 @@ from tuft.engine.base import (
 )
 from tuft.engine.worker import EngineProcess
 from tuft.errors import EngineDied, EngineError, InvalidInput, ModelError
-from tuft.types import AdamParams, AdapterState, Datum, LoraSpec, LossResult, SampleResult, SamplingParams
+from tuft.types import AdamParams, AdapterState, Datum, LoraSpec, LossResult, SampleResult, SampleSpec, SamplingParams
 
 TIMEOUT_S = 60.0
 MODEL = "tiny"
@@ -76,7 +76,7 @@ def loss_of(adapter_id: str, length: int = 20, target: int | None = None) -> Run
 
 
 def sample_of(adapter_id: str | None, params: SamplingParams = ENDLESS, base_model: str = MODEL) -> Sample:
-    return Sample(base_model, adapter_id, (7, 8, 9), params)
+    return Sample(base_model, adapter_id, SampleSpec((7, 8, 9), params))
 
 
 def is_alive(pid: int) -> bool:

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tuft"
 
-GROUND = {"tuft", "tuft.types", "tuft.errors", "tuft.config", "tuft.records", "tuft.prefixes"}
+GROUND = {"tuft", "tuft.types", "tuft.errors", "tuft.config", "tuft.records", "tuft.prefixes", "tuft.optimizers"}
+GROUND |= {"tuft.tokens", "tuft.losses"}
 MAY_SEE = {
     "models": set(),
     "store": set(),

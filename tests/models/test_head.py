@@ -88,9 +88,9 @@ def test_rows_without_a_gradient_get_none() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_alternatives_are_the_likeliest_tokens_best_first(precision: Precision) -> None:
+def test_the_likeliest_tokens_come_best_first(precision: Precision) -> None:
     x_TD = hidden(150, decoder(precision).dtype)
-    scores = score(decoder(precision), x_TD, [], every_row_once(150), num_alternatives=4)
+    scores = score(decoder(precision), x_TD, [], every_row_once(150), num_top=4)
     expected = definition(precision, x_TD, []).log_softmax(-1).topk(4, dim=-1)
     assert scores.top_tokens_TK is not None
     assert scores.top_logprobs_TK is not None

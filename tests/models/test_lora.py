@@ -98,12 +98,14 @@ def test_fused_views_are_the_exported_matrices_one_below_the_other() -> None:
 def test_state_survives_a_round_trip_with_its_optimizer() -> None:
     adapter = Adapter.from_state(SHAPES, random_adapter_state(CONFIG, LoraSpec(rank=4, seed=0)), CPU, trainable=True)
     adapter.gradients_P = torch.empty_like(adapter.params_P)
-    for number, flat_P in enumerate((adapter.gradients_P, adapter.exp_avg_P, adapter.exp_avg_sq_P)):
+    for number, flat_P in enumerate((adapter.gradients_P, *adapter.moments.values())):
         flat_P.fill_(number + 0.5)
     adapter.step = 11
     again = Adapter.from_state(SHAPES, adapter.state(with_optimizer=True), CPU, trainable=True)
-    for name in ("params_P", "gradients_P", "exp_avg_P", "exp_avg_sq_P"):
+    for name in ("params_P", "gradients_P"):
         assert torch.equal(getattr(again, name), getattr(adapter, name)), name
+    assert again.moments.keys() == adapter.moments.keys() == {"exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(moment_P, adapter.moments[name]) for name, moment_P in again.moments.items())
     assert again.step == 11
 
 
@@ -118,7 +120,7 @@ def test_exported_arrays_are_copies() -> None:
 def test_weights_without_moments_start_a_fresh_optimizer() -> None:
     state = random_adapter_state(CONFIG, LoraSpec(rank=4, seed=0))
     adapter = Adapter.from_state(SHAPES, state, CPU, trainable=True)
-    assert not adapter.exp_avg_P.any()
+    assert not adapter.moments["exp_avg"].any()
     assert adapter.gradients_P is None
 
 
@@ -128,7 +130,7 @@ def test_frozen_weights_hold_no_optimizer_and_do_not_follow_their_source() -> No
     before = source.params_P.clone()
     source.params_P.add_(1)
     assert torch.equal(frozen.params_P, before)
-    assert not hasattr(frozen, "exp_avg_P")
+    assert frozen.moments == {}
     with pytest.raises(ModelError, match="frozen"):
         frozen.state(with_optimizer=True)
 

@@ -76,6 +76,35 @@ async def test_every_held_poll_is_answered_when_the_server_goes_down() -> None:
     assert await waiting == Pending()
 
 
+async def test_work_is_ended_only_where_that_can_be_and_only_by_its_owner() -> None:
+    registry, ended = futures(), []
+    can, cannot = registry.create(ALICE.tenant_id), registry.create(ALICE.tenant_id)
+    registry.let_cancel(can, lambda: ended.append(can))
+    for tenant, future_id, error in ((BOB, can, Gone), (ALICE, "none", Gone), (ALICE, cannot, InvalidInput)):
+        with pytest.raises(error, match=future_id):
+            registry.cancel(tenant, future_id)
+    assert ended == []
+    registry.cancel(ALICE, can)
+    assert ended == [can]
+    for future_id in (can, cannot):
+        registry.settle(future_id, RunCreated("run"))
+        registry.cancel(ALICE, future_id)  # too late, and fine
+    assert ended == [can]
+
+
+async def test_a_result_that_has_arrived_is_freed_at_once() -> None:
+    registry = futures()
+    future_id = registry.create(ALICE.tenant_id)
+    assert not registry.free(future_id)
+    registry.settle(future_id, RunCreated("run"))
+    assert registry.peek(future_id) == RunCreated("run")
+    assert registry.free(future_id)
+    assert registry.peek(future_id) is None
+    assert registry.num_kept == 0
+    with pytest.raises(Gone):
+        await registry.wait(ALICE, future_id, 0.0)
+
+
 async def test_errors_become_failures_of_their_category() -> None:
     async def user_error() -> FutureResult:
         raise InvalidInput("rank", 0, "must be 1 to 8")

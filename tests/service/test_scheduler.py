@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,8 +13,15 @@ import pytest
 from tuft.engine.base import Command, OptimStep, RunLoss
 from tuft.errors import EngineDied, EngineError, RunLost
 from tuft.records import Run, Tenant, now
+from tuft.service.activity import Activity
 from tuft.service.futures import Futures, Pending
+from tuft.service.projects import Projects
 from tuft.service.scheduler import Scheduler
+from tuft.service.signing import Signer
+from tuft.service.traces import Traces
+from tuft.service.usage import Usage
+from tuft.store.db import open_database
+from tuft.store.usage import UsageTable
 from tuft.types import AdamParams, BaseModelInfo, Datum, Failure, FutureResult, LoraSpec, LossResult, OptimStepResult
 
 PASS = 100
@@ -61,10 +68,10 @@ class Mailbox:
 class Rig:
     """A scheduler before a mailbox, and tenants with one run each."""
 
-    def __init__(self) -> None:
+    def __init__(self, activity: Activity) -> None:
         self.mailbox = Mailbox()
         self.futures = Futures(read_retention_s=60, unread_retention_s=60, max_pending_per_tenant=100)
-        self.scheduler = Scheduler(self.mailbox, self.futures, seq_gap_timeout_s=60)
+        self.scheduler = Scheduler(self.mailbox, self.futures, activity, seq_gap_timeout_s=60)
         self._seqs: dict[str, int] = {}
 
     def run(self, name: str) -> Run:
@@ -79,7 +86,7 @@ class Rig:
     def submit(self, name: str, work: Any) -> str:
         run = self.run(name)
         self._seqs[name] += 1
-        return self.scheduler.submit(run, self._seqs[name], work)
+        return self.scheduler.submit(run, self._seqs[name], "work", work)
 
     def loss(self, name: str, *lengths: int) -> str:
         data = tuple(Datum(np.full(length, index), {}) for index, length in enumerate(lengths))
@@ -96,9 +103,16 @@ class Rig:
         return [" ".join(str(command.adapter_id) for command in batch) for batch in self.mailbox.batches]
 
 
+@pytest.fixture(scope="module")
+def activity() -> Iterator[Activity]:
+    database = open_database("sqlite://")
+    yield Activity(Traces(Signer(b"secret")), Usage(UsageTable(database), Projects(()), retention_days=400))
+    database.close()
+
+
 @pytest.fixture
-async def rig() -> Rig:
-    return Rig()
+async def rig(activity: Activity) -> Rig:
+    return Rig(activity)
 
 
 async def test_two_passes_are_with_the_engine_and_the_rest_is_decided_later(rig: Rig) -> None:

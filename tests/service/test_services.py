@@ -28,6 +28,7 @@ from tuft.types import (
     RunCreated,
     SampleResult,
     SamplerSaved,
+    SampleSpec,
     SamplingParams,
     WeightsSaved,
 )
@@ -156,7 +157,7 @@ async def test_samplers_beyond_the_limit_leave_and_come_back_from_disk(
         assert isinstance(sampler, SamplerSaved)
         assert sampler.sampling_session_id is not None
         future_id, sequence_ids = services.samplers.sample(
-            alice, sampler.sampling_session_id, 0, (1, 2, 3), params, 2, False, 0
+            alice, sampler.sampling_session_id, 0, SampleSpec((1, 2, 3), params, num_samples=2)
         )
         assert len(sequence_ids) == 2
         result = await settled(future_id)
@@ -183,7 +184,7 @@ async def test_training_and_sampler_checkpoints_of_one_name_are_two_things(
     await settled(services.operations.save_weights(alice, run_id, 1, "x", None, False, {}))
     await settled(services.operations.save_weights_for_sampler(alice, run_id, 2, "x", None, None, {}))
     services.checkpoints.delete(alice, f"tinker://{run_id}/sampler_weights/x")
-    checkpoints, total = services.checkpoints.list(alice, run_id, 10, 0)
+    checkpoints, total = services.checkpoints.list(alice.tenant_id, run_id, 10, 0)
     assert ([str(found.path) for found in checkpoints], total) == ([f"tinker://{run_id}/weights/x"], 1)
     await services.checkpoints.read(checkpoints[0].directory, with_optimizer=True)
 
@@ -195,7 +196,7 @@ async def test_a_checkpoint_of_another_shape_does_not_load(
     other = await settled(services.runs.create(alice, session.session_id, 1, TINY_MODEL, LoraSpec(rank=4), {}))
     assert isinstance(other, RunCreated)
     path = f"tinker://{run_id}/weights/small"
-    failed = await settled(services.operations.load_weights(alice, other.run_id, 1, path, False))
+    failed = await settled(services.operations.load_weights(alice, other.run_id, 1, path, False, None))
     assert isinstance(failed, Failure)
     assert "its rank is 2, the run's is 4" in failed.message
 
@@ -205,7 +206,7 @@ async def test_a_sampler_checkpoint_has_no_optimizer_to_load(
 ) -> None:
     await settled(services.operations.save_weights_for_sampler(alice, run_id, 1, "x", None, None, {}))
     path = f"tinker://{run_id}/sampler_weights/x"
-    failed = await settled(services.operations.load_weights(alice, run_id, 2, path, True))
+    failed = await settled(services.operations.load_weights(alice, run_id, 2, path, True, None))
     assert isinstance(failed, Failure)
     assert "no optimizer state" in failed.message
 
@@ -217,7 +218,7 @@ async def test_a_damaged_checkpoint_fails_the_load_and_leaves_the_run_as_it_was(
     assert isinstance(saved, WeightsSaved)
     directory = services.config.home / "checkpoints" / services.checkpoints.get(alice, saved.path).directory
     (directory / "adapter_model.safetensors").write_bytes(b"damaged")
-    failed = await settled(services.operations.load_weights(alice, run_id, 2, saved.path, False))
+    failed = await settled(services.operations.load_weights(alice, run_id, 2, saved.path, False, None))
     assert isinstance(failed, Failure)
     assert failed.category == "server"
     assert "damaged" in failed.message
@@ -243,7 +244,7 @@ async def test_a_run_from_a_damaged_checkpoint_fails_and_takes_no_more_operation
     directory = services.config.home / "checkpoints" / services.checkpoints.get(alice, saved.path).directory
     (directory / "adapter_model.safetensors").write_bytes(b"damaged")
     failed = await settled(
-        services.runs.create_from_checkpoint(alice, session.session_id, 7, saved.path, False, None, {})
+        services.runs.create_from_checkpoint(alice, session.session_id, 7, saved.path, False, None, {}, None)
     )
     assert isinstance(failed, Failure)
     assert "damaged" in failed.message
@@ -332,9 +333,8 @@ async def test_prompts_are_reused_within_a_tenant_alone(
         return submit(batch)
 
     monkeypatch.setattr(engine, "submit", watched)
-    future_id, _ = services.samplers.sample(
-        alice, sampler.sampler_id, 0, (1, 2, 3), SamplingParams(max_tokens=1), 1, False, 0
-    )
+    spec = SampleSpec((1, 2, 3), SamplingParams(max_tokens=1))
+    future_id, _ = services.samplers.sample(alice, sampler.sampler_id, 0, spec)
     assert isinstance(await services.futures.wait(alice, future_id, 30.0), SampleResult)
     (command,) = commands
     assert isinstance(command, Sample)

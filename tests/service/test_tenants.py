@@ -1,25 +1,39 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tuft.errors import InvalidInput, Unauthorized
+from tuft.config import Config
+from tuft.errors import Forbidden, InvalidInput, InvalidToken, Unauthorized
+from tuft.service.jwt import decode
+from tuft.service.services import open_tenants
 from tuft.service.tenants import Tenants
-from tuft.store.catalog import Catalog
-from tuft.store.db import open_database, sqlite_url
+from tuft.store.db import Database, open_database, sqlite_url
+
+Opened = Callable[[], Tenants]
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    database = open_database(sqlite_url(tmp_path))
-    yield Catalog(database)
-    database.close()
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = open_database(sqlite_url(tmp_path))
+    yield opened
+    opened.close()
 
 
-def test_a_key_finds_its_tenant_and_a_second_key_the_same_one(catalog: Catalog) -> None:
-    tenants = Tenants(catalog)
+@pytest.fixture
+def again(database: Database, tmp_path: Path) -> Opened:
+    """``again()``: the tenants as a server sees them that has just started."""
+    return lambda: open_tenants(Config(home=tmp_path), database)
+
+
+@pytest.fixture
+def tenants(again: Opened) -> Tenants:
+    return again()
+
+
+def test_a_key_finds_its_tenant_and_a_second_key_the_same_one(tenants: Tenants) -> None:
     first, second = tenants.create_key("alice"), tenants.create_key("alice")
     assert first != second
     assert first.startswith("tml-")
@@ -27,35 +41,78 @@ def test_a_key_finds_its_tenant_and_a_second_key_the_same_one(catalog: Catalog) 
     assert tenants.authenticate(tenants.create_key("bob")) != tenants.authenticate(first)
 
 
-def test_only_the_hash_of_a_key_is_kept(catalog: Catalog, tmp_path: Path) -> None:
-    key = Tenants(catalog).create_key("alice")
-    catalog._database.close()
+def test_only_the_hash_of_a_key_is_kept(tenants: Tenants, database: Database, tmp_path: Path) -> None:
+    key = tenants.create_key("alice")
+    database.close()
     assert key.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_an_unknown_key_is_named_by_its_end_alone(catalog: Catalog) -> None:
+def test_an_unknown_key_is_named_by_its_end_alone(tenants: Tenants) -> None:
     with pytest.raises(Unauthorized) as caught:
-        Tenants(catalog).authenticate("tml-secret-and-wrong-abcd")
+        tenants.authenticate("tml-secret-and-wrong-abcd")
     assert "…abcd" in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "TINKER_API_KEY" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", [None, ""])
-def test_no_key_is_unauthorized(catalog: Catalog, key: str | None) -> None:
+def test_no_key_is_unauthorized(tenants: Tenants, key: str | None) -> None:
     with pytest.raises(Unauthorized, match="X-API-Key"):
-        Tenants(catalog).authenticate(key)
+        tenants.authenticate(key)
 
 
-def test_a_key_without_the_sdks_prefix_is_refused_and_not_shown(catalog: Catalog) -> None:
+def test_a_key_without_the_sdks_prefix_is_refused_and_not_shown(tenants: Tenants) -> None:
     with pytest.raises(InvalidInput, match="tml-") as caught:
-        Tenants(catalog).accept("alice", "my-own-long-secret")
+        tenants.accept("alice", "my-own-long-secret")
     assert "my-own" not in str(caught.value)
 
 
-def test_a_configured_key_opens_the_door_only_while_it_is_configured(catalog: Catalog) -> None:
-    tenants = Tenants(catalog)
+def test_a_configured_key_opens_the_door_only_while_it_is_configured(tenants: Tenants, again: Opened) -> None:
     tenants.accept("alice", "tml-configured")
     assert tenants.authenticate("tml-configured") == tenants.authenticate(tenants.create_key("alice"))
-    with pytest.raises(Unauthorized):
-        Tenants(catalog).authenticate("tml-configured")  # as after a restart without it
+    token = tenants.token(tenants.key("tml-configured"))
+    later = again()
+    for credential in ("tml-configured", token):
+        with pytest.raises(Unauthorized):
+            later.authenticate(credential)
+    later.accept("alice", "tml-configured")
+    assert later.key("tml-configured").number == tenants.key("tml-configured").number
+
+
+def test_a_revoked_key_stops_at_once_and_takes_its_tokens_along(tenants: Tenants, again: Opened) -> None:
+    key, kept = tenants.create_key("alice"), tenants.create_key("alice")
+    token = tenants.token(tenants.key(key))
+    assert tenants.authenticate(token).name == "alice"
+    tenants.revoke(tenants.key(token))
+    for opened in (tenants, again()):
+        with pytest.raises(InvalidToken, match="revoked"):
+            opened.authenticate(token)
+        with pytest.raises(Unauthorized, match="invalid api key"):
+            opened.authenticate(key)
+        assert opened.authenticate(kept).name == "alice"
+
+
+def test_a_configured_key_cannot_be_revoked(tenants: Tenants) -> None:
+    tenants.accept("alice", "tml-configured")
+    with pytest.raises(Forbidden, match="configuration"):
+        tenants.revoke(tenants.key("tml-configured"))
+    assert tenants.authenticate("tml-configured").name == "alice"
+
+
+def test_a_token_holds_over_a_restart_and_says_who_holds_it(tenants: Tenants, again: Opened, tmp_path: Path) -> None:
+    key = tenants.create_key("alice")
+    token = tenants.token(tenants.key(key))
+    assert again().key(token) == tenants.key(key)
+    claims = decode(token, tenants._secret)
+    assert claims["sub"] == "urn:tuft:tenant:alice"
+    assert claims["exp"] - claims["iat"] == 24 * 3600
+    assert (tmp_path / "signing_key").stat().st_mode & 0o077 == 0
+
+
+def test_a_home_with_another_secret_takes_no_token_of_this_one(
+    tenants: Tenants, database: Database, tmp_path: Path
+) -> None:
+    token = tenants.token(tenants.key(tenants.create_key("alice")))
+    (tmp_path / "signing_key").unlink()
+    with pytest.raises(InvalidToken):
+        open_tenants(Config(home=tmp_path), database).authenticate(token)

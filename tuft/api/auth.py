@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from tuft.records import Tenant
+from tuft.records import ApiKey, Tenant
 from tuft.service.services import Services
 
 
@@ -18,14 +18,22 @@ async def services_of(request: Request) -> Services:
     return services
 
 
-async def tenant_of(request: Request) -> Tenant:
-    """The tenant of ``X-API-Key``, or of ``Authorization: Bearer``. Raises Unauthorized."""
+async def key_of(request: Request) -> ApiKey:
+    """The API key in ``X-API-Key`` or ``Authorization: Bearer``, or the one whose token is there. Raises
+    Unauthorized."""
     key = request.headers.get("x-api-key")
     if key is None:
         scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
         key = credentials.strip() if scheme.lower() == "bearer" else None
     services: Services = request.app.state.services
-    return services.tenants.authenticate(key)
+    return services.tenants.key(key)
+
+
+CallingKey = Annotated[ApiKey, Depends(key_of)]
+
+
+async def tenant_of(key: CallingKey) -> Tenant:
+    return key.tenant
 
 
 Served = Annotated[Services, Depends(services_of)]

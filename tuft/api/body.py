@@ -6,13 +6,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, ParamSpec, TypeVar
 
-import pydantic_core
 import zstandard
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tuft.api.auth import Caller, Served
 from tuft.errors import InvalidInput, TooLarge
 
 CONTROL_BODY_BYTES = 2**20
@@ -25,6 +27,7 @@ _PREFIX_BYTES = 2**16
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound="Fields")
+N = TypeVar("N", bound="Fields")
 
 
 class Fields(BaseModel):
@@ -33,13 +36,63 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
+    holds_data: ClassVar[bool] = False
+    """Training data, a prompt, or a list of many: as large as ``limits.max_request_bytes``."""
+    is_protobuf_too: ClassVar[bool] = False
+    one_of: ClassVar[tuple[type[Fields], ...]] = ()
+    """The whole bodies, where this model only tells them apart."""
 
-async def read_body(request: Request, limit_bytes: int = CONTROL_BODY_BYTES) -> bytes:
-    """The whole body, decompressed. Raises TooLarge over ``limit_bytes``, before or after zstd."""
-    content, oversize = await read_bounded(request, limit_bytes)
-    if oversize is not None:
-        raise oversize
-    return content
+
+@dataclass(frozen=True, slots=True)
+class Sent(Generic[M]):
+    """A body as it came, decompressed. With ``oversize``, ``content`` is but its beginning."""
+
+    model: type[M]
+    content: bytes
+    oversize: TooLarge | None
+
+    def parse(self) -> M:
+        """Raises InvalidInput or TooLarge."""
+        return self.parse_as(self.model)
+
+    def parse_as(self, part: type[N]) -> N:
+        """The fields of a smaller model, whatever the others are."""
+        if self.oversize is not None:
+            raise self.oversize
+        return parse(part, self.content)
+
+
+class Reader(Generic[M]):
+    """What a route depends on for its body, once it is known who calls; ``api.document`` shows ``model``."""
+
+    def __init__(self, model: type[M]) -> None:
+        self.model = model
+
+    async def receive(self, request: Request, services: Served, _: Caller) -> Sent[M]:
+        limit_bytes = services.config.limits.max_request_bytes if self.model.holds_data else CONTROL_BODY_BYTES
+        return Sent(self.model, *await read_bounded(request, limit_bytes))
+
+    async def read(self, request: Request, services: Served, _: Caller) -> M:
+        sent = await self.receive(request, services, _)
+        return await off_loop(len(sent.content), sent.parse)
+
+
+if TYPE_CHECKING:
+    JsonBody = Annotated[M, "read"]
+    RawBody = Annotated[Sent[M], "received"]
+else:
+
+    class JsonBody:
+        """``body: JsonBody[Model]`` is a Model."""
+
+        def __class_getitem__(cls, model: type[M]) -> Any:
+            return Annotated[model, Depends(Reader(model).read)]
+
+    class RawBody:
+        """``sent: RawBody[Model]`` is a Sent[Model], for those who parse it in parts."""
+
+        def __class_getitem__(cls, model: type[M]) -> Any:
+            return Annotated[Sent[model], Depends(Reader(model).receive)]
 
 
 async def read_bounded(request: Request, limit_bytes: int) -> tuple[bytes, TooLarge | None]:
@@ -68,17 +121,6 @@ async def off_loop(num_bytes: int, work: Callable[P, R], *args: P.args, **kwargs
     return work(*args, **kwargs)
 
 
-def load_json(content: bytes) -> Mapping[str, Any]:
-    """A JSON object; an empty body is an empty one. Raises InvalidInput."""
-    try:
-        fields = pydantic_core.from_json(content or b"{}")
-    except ValueError as error:
-        raise InvalidInput("body", _shown(content), f"must be JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise InvalidInput("body", _shown(content), "must be a JSON object")
-    return fields
-
-
 def parse(model: type[M], content: bytes) -> M:
     """``content`` as ``model``; strings are not taken for numbers. Raises InvalidInput for the first field that is
     wrong."""
@@ -103,6 +145,14 @@ def invalid_input(problem: Mapping[str, Any]) -> InvalidInput:
 def texts(metadata: Mapping[str, Any] | None) -> dict[str, str]:
     """User metadata as the API shows it: values that are no texts become their JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+
+
+def utc(moment: datetime, field: str) -> datetime:
+    """``moment`` in UTC, which one without a zone is taken to be in. Raises InvalidInput at the calendar's ends."""
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidInput(field, moment.isoformat(), "must lie in the years 1 to 9999 (UTC)") from error
 
 
 def _shown(content: bytes) -> str:

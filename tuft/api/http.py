@@ -17,11 +17,29 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from tuft import __version__
-from tuft.api import futures, hub, rest, sampling, sessions, training
+from tuft.api import (
+    account,
+    audit,
+    checkpoints,
+    custom_losses,
+    downloads,
+    futures,
+    hub,
+    runs,
+    sampling,
+    session_search,
+    sessions,
+    traces,
+    training,
+    usage,
+)
 from tuft.api.body import invalid_input
+from tuft.api.document import DocumentedApp, Routers
 from tuft.errors import (
     EngineDied,
+    Forbidden,
     Gone,
+    InvalidToken,
     ModelError,
     NotFound,
     QuotaExceeded,
@@ -38,6 +56,7 @@ API_PREFIX = "/api/v1"
 
 _STATUSES: dict[type[TuftError], int] = {
     Unauthorized: 401,
+    Forbidden: 403,
     NotFound: 404,
     Gone: 410,
     TooLarge: 413,
@@ -49,18 +68,31 @@ _STATUSES: dict[type[TuftError], int] = {
 }
 _MAX_RETRY_AFTER_S = 20
 
+_PARTS = (
+    account,
+    sessions,
+    session_search,
+    training,
+    custom_losses,
+    sampling,
+    futures,
+    runs,
+    checkpoints,
+    downloads,
+    usage,
+    audit,
+    traces,
+)
+
 probes = APIRouter(tags=["probes"])
+ROUTERS: Routers = (("", probes), *((API_PREFIX, part.router) for part in _PARTS), ("", hub.router))
 
 
 def create_app(services: Services) -> FastAPI:
     """The application on ``services``, which must have been started on the event loop that serves it."""
-    app = FastAPI(title="TuFT", version=__version__, redoc_url=None)
+    app = DocumentedApp(ROUTERS, title="TuFT", version=__version__, redoc_url=None)
     app.state.services = services
     app.state.started_at_s = time.monotonic()
-    app.include_router(probes)
-    for part in (sessions, training, sampling, futures, rest):
-        app.include_router(part.router, prefix=API_PREFIX)
-    app.include_router(hub.router)
     app.add_exception_handler(TuftError, _tuft_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(RequestValidationError, _wrong_parameter)
@@ -99,7 +131,11 @@ async def _tuft_error(request: Request, error: Exception) -> Response:
     status = status_of(error)
     if status == 500:
         log.error("request failed", path=request.url.path, error=str(error), kind=type(error).__name__)
-    headers = {"Retry-After": str(_retry_after_s(request))} if isinstance(error, ModelError) else None
+    headers = {}
+    if isinstance(error, ModelError):
+        headers["Retry-After"] = str(_retry_after_s(request))
+    if isinstance(error, Unauthorized):  # the SDK makes a new token when this one is said to be what is wrong
+        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if isinstance(error, InvalidToken) else "Bearer"
     return _error(status, str(error), headers)
 
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Response
+from pydantic import Field
 
 from tuft.api.auth import Caller, Served
-from tuft.api.body import Fields, parse, read_body, texts
+from tuft.api.body import Fields, JsonBody, texts
 from tuft.errors import ModelError
 
 router = APIRouter(tags=["sessions"])
 
 CLIENT_CONFIG = {
-    "pjwt_auth_enabled": False,
     "credential_default_source": "api_key",
     "parallel_fwdbwd_chunks": True,
     "proto_write_fwdbwd": True,
     "proto_compress_fwdbwd": True,
-    "sample_use_retrieve_futures": False,
-    "sample_join_sampling_session": False,
-    "custom_loss_server_side": False,
+    "sample_use_retrieve_futures": True,
+    "sample_join_sampling_session": True,
+    "custom_loss_server_side": True,
 }
-"""What the SDK may use of this server. Custom losses run in the client."""
-DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "sample_cancel_max_batch_size": 64}
+"""What the SDK may use of this server."""
+DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
 class CreateSession(Fields):
@@ -39,7 +39,11 @@ class Heartbeat(Fields):
 
 
 class FinishReason(Fields):
-    type: str
+    type: str = Field(max_length=32)
+
+
+class AssignProject(Fields):
+    project_id: str
 
 
 class Finish(Fields):
@@ -48,9 +52,9 @@ class Finish(Fields):
 
 
 @router.post("/client/config")
-async def client_config(_: Caller) -> dict[str, Any]:
+async def client_config(_: Caller, services: Served) -> dict[str, Any]:
     """The first call of every client since 0.18, which does without nothing."""
-    return CLIENT_CONFIG
+    return {**CLIENT_CONFIG, "pjwt_auth_enabled": services.config.server.jwt_auth}
 
 
 @router.post("/client/dynamic_config")
@@ -78,28 +82,33 @@ async def get_server_capabilities(_: Caller, services: Served) -> dict[str, Any]
 
 
 @router.post("/create_session")
-async def create_session(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    body = parse(CreateSession, await read_body(request))
+async def create_session(body: JsonBody[CreateSession], tenant: Caller, services: Served) -> dict[str, Any]:
     session = services.sessions.create(
-        tenant, body.tags, texts(body.user_metadata), body.sdk_version, body.display_name
+        tenant, body.tags, texts(body.user_metadata), body.sdk_version, body.display_name, body.project_id
     )
-    answer: dict[str, Any] = {"type": "create_session", "session_id": session.session_id}
-    if body.project_id is not None:
-        answer["warning_message"] = "this server has no projects: project_id has no effect"
+    answer = {"type": "create_session", "session_id": session.session_id}
+    if (warning := services.checkpoints.expiry_warning(tenant)) is not None:
+        answer["warning_message"] = warning
     return answer
 
 
 @router.post("/session_heartbeat")
-async def session_heartbeat(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    services.sessions.heartbeat(tenant, parse(Heartbeat, await read_body(request)).session_id)
+async def session_heartbeat(body: JsonBody[Heartbeat], tenant: Caller, services: Served) -> dict[str, Any]:
+    services.sessions.heartbeat(tenant, body.session_id)
     return {"type": "session_heartbeat"}
 
 
 @router.post("/sessions/{session_id}/finish")
-async def finish_session(session_id: str, request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    body = parse(Finish, await read_body(request))
+async def finish_session(session_id: str, body: JsonBody[Finish], tenant: Caller, services: Served) -> dict[str, Any]:
     services.sessions.finish(tenant, session_id, body.reason.type, body.detail)
     return {}
+
+
+@router.put("/sessions/{session_id}/project", status_code=204)
+async def assign_project(session_id: str, body: JsonBody[AssignProject], tenant: Caller, services: Served) -> Response:
+    """Move the session, with its runs and samplers and their checkpoints, into a project."""
+    services.sessions.assign(tenant, session_id, body.project_id)
+    return Response(status_code=204)
 
 
 @router.post("/telemetry")

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from tuft.api import wire
 from tuft.api.auth import Caller, Served
-from tuft.api.body import ClientSeq, Fields, load_json, off_loop, parse, read_body, read_bounded, texts
+from tuft.api.body import ClientSeq, Fields, JsonBody, RawBody, Sent, off_loop, texts
+from tuft.api.optimizers import OptimizerConfig, OptimStep, config_json, step_params
 from tuft.api.results import PROTOBUF
-from tuft.api.wire import MAX_SEQ_ID, NOT_SUPPORTED, LossRequest
+from tuft.api.shapes import LossInput
+from tuft.api.wire import MAX_SEQ_ID, LossRequest
 from tuft.errors import InvalidInput, TooLarge
 from tuft.records import Tenant
 from tuft.service.services import Services
-from tuft.types import AdamParams, LoraSpec
+from tuft.types import LoraSpec, Optimizer
 
 router = APIRouter(tags=["training"])
 
 
-class OptimizerConfig(Fields):
-    type: str = "adamw"
+_OUR_OBJECTIVE = (
+    "no deprecation, but a note on loss_fn='stable_reinforce': Tinker does not publish its objective, so this server "
+    "computes one of its own (truncated ratios in a trust region, docs/adr/0013); results may differ from Tinker's"
+)
 
 
 class CreateModel(Fields):
@@ -47,19 +51,31 @@ class Envelope(Fields):
     seq_id: int = Field(ge=1, le=MAX_SEQ_ID)
 
 
-class OptimStep(Fields):
-    adam_params: AdamParams | None = None
-    optimizer_params: OptimizerConfig | None = None
+class ForwardBackward(Envelope):
+    holds_data = True
+    is_protobuf_too = True
+
+    forward_backward_input: LossInput = None
 
 
-class SaveWeights(Fields):
+class Forward(Envelope):
+    holds_data = True
+
+    forward_input: LossInput = None
+
+
+class Step(Envelope, OptimStep):
+    pass
+
+
+class SaveWeights(Envelope):
     path: str | None = None
     ttl_seconds: int | None = None
     overwrite: bool = False
     user_metadata: dict[str, Any] | None = None
 
 
-class SaveWeightsForSampler(Fields):
+class SaveWeightsForSampler(Envelope):
     path: str | None = None
     sampling_session_seq_id: ClientSeq | None = None
     kind: str = "snapshot"
@@ -67,17 +83,30 @@ class SaveWeightsForSampler(Fields):
     user_metadata: dict[str, Any] | None = None
 
 
-class LoadWeights(Fields):
+class SaveWeightsExternal(Envelope):
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: tuple[str, ...] | None = None
+
+
+class LoadFields(Fields):
     path: str
     optimizer: bool = False
     optimizer_config: OptimizerConfig | None = None
     weights_access_token: str | None = None
 
+    @property
+    def family(self) -> Optimizer | None:
+        return None if self.optimizer_config is None else self.optimizer_config.family
 
-L = TypeVar("L", bound=LoadWeights)
+
+class LoadWeights(LoadFields, Envelope):
+    """Into a run."""
 
 
-class CreateFromWeights(LoadWeights):
+class CreateFromWeights(LoadFields):
+    """Into a new one."""
+
     session_id: str
     model_seq_id: ClientSeq
     base_model: str | None = None
@@ -87,24 +116,25 @@ class CreateFromWeights(LoadWeights):
 class LoadShape(Fields):
     """Tells the two requests of load_weights apart: on a live run, or creating one."""
 
+    one_of = (LoadWeights, CreateFromWeights)
+
     model_id: str | None = None
 
 
 @router.post("/create_model")
-async def create_model(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    body = parse(CreateModel, await read_body(request))
-    _refuse_other_optimizers(body.optimizer_config, "optimizer_config")
+async def create_model(body: JsonBody[CreateModel], tenant: Caller, services: Served) -> dict[str, Any]:
+    optimizer = body.optimizer_config.family if body.optimizer_config else "adamw"
     spec = body.lora_config or LoraSpec()
     request_id = services.runs.create(
-        tenant, body.session_id, body.model_seq_id, body.base_model, spec, texts(body.user_metadata)
+        tenant, body.session_id, body.model_seq_id, body.base_model, spec, texts(body.user_metadata), optimizer
     )
     return {"request_id": request_id}
 
 
 @router.post("/get_info")
-async def get_info(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+async def get_info(body: JsonBody[OnRun], request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
     """The SDK asks this when it creates a training client, and where the run's tokenizer is to be had."""
-    run = services.runs.get(tenant, parse(OnRun, await read_body(request)).model_id)
+    run = services.runs.get(tenant, body.model_id)
     model = services.models.require(run.base_model)
     tokenizer_id = model.tokenizer_dir if is_loopback(request) else model.name
     return {
@@ -114,89 +144,92 @@ async def get_info(request: Request, tenant: Caller, services: Served) -> dict[s
         "model_data": {"arch": model.architecture, "model_name": run.base_model, "tokenizer_id": tokenizer_id},
         "is_lora": True,
         "lora_rank": run.spec.rank,
-        "optimizer_config": {"type": "adamw"},
+        "optimizer_config": config_json(run.optimizer),
     }
 
 
 @router.post("/unload_model")
-async def unload_model(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    run_id = parse(OnRun, await read_body(request)).model_id
-    return {"request_id": services.runs.unload(tenant, run_id), "model_id": run_id}
+async def unload_model(body: JsonBody[OnRun], tenant: Caller, services: Served) -> dict[str, Any]:
+    return {"request_id": services.runs.unload(tenant, body.model_id), "model_id": body.model_id}
 
 
 @router.post("/forward_backward")
-async def forward_backward(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+async def forward_backward(
+    sent: RawBody[ForwardBackward], request: Request, response: Response, tenant: Caller, services: Served
+) -> dict[str, Any]:
     """Protobuf, as every SDK since 0.25 sends it, or the older JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF:
-        return await _loss_in_json(request, tenant, services, "forward_backward_input", backward=True)
+        return await _loss_in_json(sent, tenant, services, "forward_backward_input", backward=True)
     limit_bytes = services.config.limits.max_request_bytes
-    content, oversize = await read_bounded(request, limit_bytes)
-    run_id, seq_id = wire.scan_envelope(content)
+    run_id, seq_id = wire.scan_envelope(sent.content)
     try:
-        if oversize is not None:
-            raise oversize
-        loss = await off_loop(len(content), wire.decode_loss_request, content, limit_bytes)
+        if sent.oversize is not None:
+            raise sent.oversize
+        loss = await off_loop(len(sent.content), wire.decode_loss_request, sent.content, limit_bytes)
     except (InvalidInput, TooLarge) as error:
         return _accepted(run_id, services.operations.reject(tenant, run_id, seq_id, error))
+    if loss.loss_fn == "stable_reinforce" and services.provenance.is_news_to(run_id):
+        response.headers["x-deprecation-note"] = _OUR_OBJECTIVE  # the header whose text the SDK logs
     return _accepted(run_id, _submit_loss(services, tenant, run_id, seq_id, loss))
 
 
 @router.post("/forward")
-async def forward(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+async def forward(sent: RawBody[Forward], tenant: Caller, services: Served) -> dict[str, Any]:
     """JSON only: SDKs since 0.25 send ``forward_only`` to forward_backward instead."""
-    return await _loss_in_json(request, tenant, services, "forward_input", backward=False)
+    return await _loss_in_json(sent, tenant, services, "forward_input", backward=False)
 
 
 @router.post("/optim_step")
-async def optim_step(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    content = await read_body(request)
-
+async def optim_step(sent: RawBody[Step], tenant: Caller, services: Served) -> dict[str, Any]:
     def submit(run_id: str, seq_id: int) -> str:
-        body = parse(OptimStep, content)
-        _refuse_other_optimizers(body.optimizer_params, "optimizer_params")
-        if body.adam_params is None:
-            raise InvalidInput("adam_params", None, "is required")
-        return services.operations.optim_step(tenant, run_id, seq_id, body.adam_params)
+        return services.operations.optim_step(tenant, run_id, seq_id, step_params(sent.content))
 
-    return _submit(services, tenant, content, submit)
+    return _submit(services, tenant, sent, submit)
 
 
 @router.post("/save_weights")
-async def save_weights(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    content = await read_body(request)
-
+async def save_weights(sent: RawBody[SaveWeights], tenant: Caller, services: Served) -> dict[str, Any]:
     def submit(run_id: str, seq_id: int) -> str:
-        body = parse(SaveWeights, content)
+        body = sent.parse()
         metadata = texts(body.user_metadata)
         return services.operations.save_weights(
             tenant, run_id, seq_id, body.path, body.ttl_seconds, body.overwrite, metadata
         )
 
-    return _submit(services, tenant, content, submit)
+    return _submit(services, tenant, sent, submit)
 
 
 @router.post("/save_weights_for_sampler")
-async def save_weights_for_sampler(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
+async def save_weights_for_sampler(
+    sent: RawBody[SaveWeightsForSampler], tenant: Caller, services: Served
+) -> dict[str, Any]:
     """With ``path``, a named checkpoint; without, a sampling session on weights that nothing else names."""
-    content = await read_body(request)
 
     def submit(run_id: str, seq_id: int) -> str:
-        body = parse(SaveWeightsForSampler, content)
-        if body.kind != "snapshot":
-            raise InvalidInput("kind", body.kind, f"{NOT_SUPPORTED}; must be 'snapshot'")
+        body = sent.parse()
         metadata = texts(body.user_metadata)
         return services.operations.save_weights_for_sampler(
-            tenant, run_id, seq_id, body.path, body.sampling_session_seq_id, body.ttl_seconds, metadata
+            tenant, run_id, seq_id, body.path, body.sampling_session_seq_id, body.ttl_seconds, metadata, body.kind
         )
 
-    return _submit(services, tenant, content, submit)
+    return _submit(services, tenant, sent, submit)
+
+
+@router.post("/save_weights_external")
+async def save_weights_external(sent: RawBody[SaveWeightsExternal], tenant: Caller, services: Served) -> dict[str, Any]:
+    def submit(run_id: str, seq_id: int) -> str:
+        body = sent.parse()
+        return services.operations.save_weights_external(
+            tenant, run_id, seq_id, body.path, body.ttl_seconds, body.age_encryption_recipients
+        )
+
+    return _submit(services, tenant, sent, submit)
 
 
 @router.post("/load_weights")
-async def load_weights(request: Request, tenant: Caller, services: Served) -> dict[str, Any]:
-    content = await read_body(request)
-    if parse(LoadShape, content).model_id is None:
-        created = _loadable(parse(CreateFromWeights, content))
+async def load_weights(sent: RawBody[LoadShape], tenant: Caller, services: Served) -> dict[str, Any]:
+    if sent.parse_as(LoadShape).model_id is None:
+        created = sent.parse_as(CreateFromWeights)
         request_id = services.runs.create_from_checkpoint(
             tenant,
             created.session_id,
@@ -205,28 +238,31 @@ async def load_weights(request: Request, tenant: Caller, services: Served) -> di
             created.optimizer,
             created.base_model,
             texts(created.user_metadata),
+            created.weights_access_token,
+            created.family,
         )
         return {"request_id": request_id}
 
     def submit(run_id: str, seq_id: int) -> str:
-        body = _loadable(parse(LoadWeights, content))
-        return services.operations.load_weights(tenant, run_id, seq_id, body.path, body.optimizer)
+        body = sent.parse_as(LoadWeights)
+        return services.operations.load_weights(
+            tenant, run_id, seq_id, body.path, body.optimizer, body.weights_access_token, body.family
+        )
 
-    return _submit(services, tenant, content, submit)
+    return _submit(services, tenant, sent, submit)
 
 
 async def _loss_in_json(
-    request: Request, tenant: Tenant, services: Services, field: str, *, backward: bool
+    sent: Sent[ForwardBackward] | Sent[Forward], tenant: Tenant, services: Services, field: str, *, backward: bool
 ) -> dict[str, Any]:
     limit_bytes = services.config.limits.max_request_bytes
-    content = await read_body(request, limit_bytes)
-    envelope = await off_loop(len(content), parse, Envelope, content)
+    envelope = await off_loop(len(sent.content), sent.parse)
 
     def decode() -> LossRequest:
-        return wire.decode_loss_request_json(load_json(content).get(field), limit_bytes, backward=backward, field=field)
+        return wire.decode_loss_request_json(getattr(envelope, field), limit_bytes, backward=backward, field=field)
 
     try:
-        loss = await off_loop(len(content), decode)
+        loss = await off_loop(len(sent.content), decode)
     except (InvalidInput, TooLarge) as error:
         request_id = services.operations.reject(tenant, envelope.model_id, envelope.seq_id, error)
     else:
@@ -240,10 +276,10 @@ def _submit_loss(services: Services, tenant: Tenant, run_id: str, seq_id: int, l
     )
 
 
-def _submit(services: Services, tenant: Tenant, content: bytes, submit: Callable[[str, int], str]) -> dict[str, Any]:
+def _submit(services: Services, tenant: Tenant, sent: Sent[Any], submit: Callable[[str, int], str]) -> dict[str, Any]:
     """``submit(run_id, seq_id)`` decodes the payload and queues it; if the payload is wrong, its seq is consumed by a
     future that says so."""
-    envelope = parse(Envelope, content)
+    envelope = sent.parse_as(Envelope)
     try:
         request_id = submit(envelope.model_id, envelope.seq_id)
     except InvalidInput as error:
@@ -253,18 +289,6 @@ def _submit(services: Services, tenant: Tenant, content: bytes, submit: Callable
 
 def _accepted(run_id: str, request_id: str) -> dict[str, Any]:
     return {"request_id": request_id, "model_id": run_id}
-
-
-def _loadable(body: L) -> L:
-    _refuse_other_optimizers(body.optimizer_config, "optimizer_config")
-    if body.weights_access_token is not None:
-        raise InvalidInput("weights_access_token", "a token", f"{NOT_SUPPORTED}; load your own checkpoints")
-    return body
-
-
-def _refuse_other_optimizers(config: OptimizerConfig | None, field: str) -> None:
-    if config is not None and config.type != "adamw":
-        raise InvalidInput(f"{field}.type", config.type, f"{NOT_SUPPORTED}; must be 'adamw'")
 
 
 def is_loopback(request: Request) -> bool:

@@ -16,9 +16,10 @@ from tuft.api import tensors
 from tuft.api.proto import wire_pb2
 from tuft.api.tensors import WireTensor
 from tuft.errors import InvalidInput, TooLarge
-from tuft.types import Datum, Int64Array
+from tuft.types import Datum, Int64Array, ProvenanceSpan
 
 NOT_SUPPORTED = "is not supported by this server yet"
+TEXT_ONLY = "must be encoded_text: the models served here read text only"
 MAX_SEQ_ID = 2**31 - 1
 """Of a run's operations; a sample's seq_id has 64 bits."""
 
@@ -54,7 +55,8 @@ def decode_loss_request(body: bytes, limit_bytes: int) -> LossRequest:
             name: tensors.from_proto(tensor, f"{field}.loss_fn_inputs.{name}")
             for name, tensor in datum.loss_fn_inputs.items()
         }
-        parts.append((_concatenated(chunks), inputs))
+        spans = (_spans(datum.model_input_spans), _spans(datum.loss_fn_input_spans))
+        parts.append(_Parts(_concatenated(chunks), inputs, *spans))
     return LossRequest(_data(parts, limit_bytes), message.loss_fn, _config(message), backward=not message.forward_only)
 
 
@@ -76,9 +78,8 @@ def decode_loss_request_json(fields: object, limit_bytes: int, *, backward: bool
         datum = _object(item, name)
         tokens_T = prompt_tokens_json(datum.get("model_input"), f"{name}.model_input")
         inputs = _object(datum.get("loss_fn_inputs") or {}, f"{name}.loss_fn_inputs")
-        parts.append(
-            (tokens_T, {key: tensors.from_json(value, f"{name}.loss_fn_inputs.{key}") for key, value in inputs.items()})
-        )
+        named = {key: tensors.from_json(value, f"{name}.loss_fn_inputs.{key}") for key, value in inputs.items()}
+        parts.append(_Parts(tokens_T, named))
     return LossRequest(_data(parts, limit_bytes), loss_fn, config, backward=backward)
 
 
@@ -91,7 +92,7 @@ def prompt_tokens_json(model_input: object, field: str) -> Int64Array:
         chunk = _object(item, name)
         kind = chunk.get("type", "encoded_text")
         if kind != "encoded_text":
-            raise InvalidInput(f"{name}.type", kind, f"{NOT_SUPPORTED}; must be 'encoded_text'")
+            raise InvalidInput(f"{name}.type", kind, TEXT_ONLY)
         parts.append(tensors.integers_from_json(chunk.get("tokens"), f"{name}.tokens"))
     return _concatenated(parts)
 
@@ -167,7 +168,7 @@ def _config(message: wire_pb2.ForwardBackwardRequest) -> Mapping[str, float | st
 def _chunk_tokens(chunk: wire_pb2.Chunk, field: str) -> Int64Array:
     kind = chunk.WhichOneof("chunk")
     if kind != "encoded_text":
-        raise InvalidInput(field, kind or "an unknown kind", f"{NOT_SUPPORTED}; must be encoded_text")
+        raise InvalidInput(field, kind or "an unknown kind", TEXT_ONLY)
     return tensors.tokens_from_bytes(chunk.encoded_text.tokens, f"{field}.encoded_text.tokens")
 
 
@@ -177,16 +178,41 @@ def _concatenated(chunks: Sequence[Int64Array]) -> Int64Array:
     return np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
 
 
-def _data(parts: Sequence[tuple[Int64Array, Mapping[str, WireTensor]]], limit_bytes: int) -> tuple[Datum, ...]:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A datum before its sparse tensors are dense."""
+
+    tokens_T: Int64Array
+    inputs: Mapping[str, WireTensor]
+    input_spans: tuple[ProvenanceSpan, ...] = ()
+    target_spans: tuple[ProvenanceSpan, ...] = ()
+
+
+def _spans(spans: Sequence[wire_pb2.ProvenanceSpan]) -> tuple[ProvenanceSpan, ...]:
+    found = []
+    for span in spans:
+        is_sampled = span.WhichOneof("span") == "sampled_tokens"
+        named = span.sampled_tokens if is_sampled else span.prompt_tokens
+        found.append(ProvenanceSpan(named.sequence_id, is_sampled, named.offset, named.length))
+    return tuple(found)
+
+
+def _data(parts: Sequence[_Parts], limit_bytes: int) -> tuple[Datum, ...]:
     sparse_bytes = sum(
-        tensor.dense_bytes for _, inputs in parts for tensor in inputs.values() if tensor.crow is not None
+        tensor.dense_bytes for part in parts for tensor in part.inputs.values() if tensor.crow is not None
     )
     if sparse_bytes > limit_bytes:
         raise TooLarge(
             f"data: its sparse tensors are {sparse_bytes} bytes when dense; at most {limit_bytes} bytes are allowed"
         )
     return tuple(
-        Datum(tokens_T, {name: tensor.dense() for name, tensor in inputs.items()}) for tokens_T, inputs in parts
+        Datum(
+            part.tokens_T,
+            {name: tensor.dense() for name, tensor in part.inputs.items()},
+            part.input_spans,
+            part.target_spans,
+        )
+        for part in parts
     )
 
 

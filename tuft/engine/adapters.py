@@ -42,9 +42,9 @@ class Adapters:
     def execute(self, command: AdapterCommand) -> AdapterState | None:
         """Make, change or give out an adapter. Raises TuftError."""
         match command:
-            case CreateAdapter(adapter_id, base_model, spec):
+            case CreateAdapter(adapter_id, base_model, spec, optimizer):
                 model = self.base_model(base_model)
-                adapter = Adapter.initialised(model.info.linear_shapes, spec, model.decoder.device)
+                adapter = Adapter.initialised(model.info.linear_shapes, spec, model.decoder.device, optimizer)
                 self._keep(adapter_id, LoadedAdapter(adapter, model))
             case LoadAdapter(adapter_id, base_model, state, trainable):
                 model = self.base_model(base_model)

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from tuft.types import AdamParams, AdapterState, BaseModelInfo, Datum, LoraSpec, SamplingParams
+from tuft.losses import CustomLoss
+from tuft.types import AdapterState, BaseModelInfo, Datum, LoraSpec, Optimizer, OptimizerParams, SampleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,12 @@ class CreateAdapter:
     adapter_id: str
     base_model: str
     spec: LoraSpec
+    optimizer: Optimizer = "adamw"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Create or overwrite an adapter from ``state`` (moments and gradients reset where ``state`` has none).
+    """Create or overwrite an adapter of ``state.optimizer`` (moments and gradients reset where ``state`` has none).
     ``trainable`` False makes frozen sampler weights: no gradient or moment buffers. Reply: None."""
 
     adapter_id: str
@@ -98,7 +100,8 @@ class RunLoss:
     ``datum_numbers`` are the places of the part's data in the order the user gave; without any, they are numbered on
     from ``first_datum``. The reply to the last part is the LossResult of all of it, in the user's order; to the others
     it is None. If a part fails, so do all that follow, with the same error. Gradients are added to the adapter's only
-    when the last part has succeeded, so a failed operation leaves none.
+    when the last part has succeeded, so a failed operation leaves none. ``custom_loss`` is computed instead of one that
+    ``loss_fn`` would name.
     """
 
     adapter_id: str
@@ -110,6 +113,7 @@ class RunLoss:
     first_datum: int = 0
     datum_numbers: tuple[int, ...] = ()
     is_last: bool = True
+    custom_loss: CustomLoss | None = None
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -123,15 +127,16 @@ class RunLoss:
 
 @dataclass(frozen=True, slots=True)
 class OptimStep:
-    """One AdamW update from the accumulated gradients, which are then zero. Reply: OptimStepResult."""
+    """One update from the accumulated gradients, which are then zero; ``params`` are of the family of the adapter's
+    optimizer. Reply: OptimStepResult."""
 
     adapter_id: str
-    params: AdamParams
+    params: OptimizerParams
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Sample ``num_samples`` continuations. ``adapter_id`` None samples the base model. Reply: SampleResult.
+    """Sample as ``spec`` says. ``adapter_id`` None samples the base model. Reply: SampleResult.
 
     A prompt's beginning that was computed before is not computed again, but only within one ``cache_scope``: the
     service gives the tenant's id, so that nobody can tell from a quick answer what another has asked.
@@ -139,44 +144,38 @@ class Sample:
 
     base_model: str
     adapter_id: str | None
-    prompt_tokens: tuple[int, ...]
-    params: SamplingParams
-    num_samples: int = 1
-    prompt_logprobs: bool = False
-    topk_prompt_logprobs: int = 0
+    spec: SampleSpec
     cache_scope: str = ""
-
-
-Command = CreateAdapter | LoadAdapter | CopyAdapter | ExportAdapter | DropAdapter | RunLoss | OptimStep | Sample
+    sample_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class LossSignature:
-    """Which ``loss_fn_inputs`` a loss needs, which it may have, and its config keys."""
+class CancelSample:
+    """Compute no more of the sample of that id, wherever it is: it is answered with a UserError. One that is unknown,
+    or has ended, is fine. Reply: None."""
 
-    required: frozenset[str]
-    optional: frozenset[str] = frozenset()
-    config: frozenset[str] = frozenset()
+    sample_id: str
 
 
-LOSS_SIGNATURES: dict[str, LossSignature] = {
-    "cross_entropy": LossSignature(required=frozenset({"target_tokens"}), optional=frozenset({"weights"})),
-}
-"""The losses this server computes; ``engine.losses`` holds their formulas, one function a name."""
+@dataclass(frozen=True, slots=True)
+class CheckCustomLoss:
+    """Whether a client's own loss may be computed. Reply: None, or InvalidInput that names what is not allowed."""
 
-LOSS_INPUTS = frozenset(
-    {
-        "target_tokens",
-        "weights",
-        "logprobs",
-        "advantages",
-        "clip_low_threshold",
-        "clip_high_threshold",
-        "sequence_ratio_mask",
-    }
+    loss: CustomLoss
+
+
+Command = (
+    CreateAdapter
+    | LoadAdapter
+    | CopyAdapter
+    | ExportAdapter
+    | DropAdapter
+    | RunLoss
+    | OptimStep
+    | Sample
+    | CancelSample
+    | CheckCustomLoss
 )
-"""Every input that the API knows. A datum may carry those of another loss (forward_backward_custom sends the user's own
-data through cross_entropy first); a name beyond these is an error."""
 
 
 class Engine(Protocol):

@@ -14,20 +14,25 @@ from queue import Empty, SimpleQueue
 from typing import Never
 
 from tuft.engine.adapters import AdapterCommand, Adapters
-from tuft.engine.base import Command, CopyAdapter, OptimStep, RunLoss, Sample
-from tuft.engine.failures import engine_error
+from tuft.engine.base import CancelSample, CheckCustomLoss, Command, CopyAdapter, OptimStep, RunLoss, Sample
+from tuft.engine.custom_loss import read_program
+from tuft.engine.failures import cancelled, engine_error
 from tuft.engine.loaded import LoadedModel
 from tuft.engine.mailbox import Batch, Reply
 from tuft.engine.optim import optim_steps
+from tuft.engine.sampler import Outcome
 from tuft.errors import TuftError
 from tuft.models.lora import Adapter
 from tuft.prefixes import shared_with_previous
-from tuft.types import AdamParams
+from tuft.types import DimuonParams, OptimizerParams
+
+_MORE_THAN_A_PASS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A command that has arrived. ``num_rows``: of a pass, if it is a loss."""
+    """A command that has arrived. ``num_rows``: what it takes of a pass, if it is a loss; a step of dimuon takes one of
+    its own, since it may last as long, and samples are not to wait for several."""
 
     number: int
     command: Command
@@ -80,7 +85,14 @@ class Executor:
             return
 
     def _admit(self, number: int, command: Command) -> None:
-        """Samples join at once, except behind a command that makes or changes their adapter."""
+        """Samples join at once, except behind a command that makes or changes their adapter; they are cancelled at
+        once."""
+        if isinstance(command, CancelSample):
+            self._cancel(number, command.sample_id)
+            return
+        if isinstance(command, CheckCustomLoss):
+            self._check(number, command)
+            return
         if isinstance(command, Sample) and not self._is_touched(command.adapter_id):
             self._join(number, command)
             return
@@ -88,6 +100,14 @@ class Executor:
             self._waiting.append(_Waiting(number, command, _num_rows(command)))
         except Exception as error:  # noqa: BLE001 (a command's fault is its reply; the engine goes on)
             self._reply(number, engine_error(error, type(command).__name__))
+
+    def _check(self, number: int, command: CheckCustomLoss) -> None:
+        try:
+            read_program(command.loss)
+        except Exception as error:  # noqa: BLE001 (a command's fault is its reply; the engine goes on)
+            self._reply(number, engine_error(error, CheckCustomLoss.__name__))
+        else:
+            self._reply(number, None)
 
     def _is_touched(self, adapter_id: str | None) -> bool:
         return adapter_id is not None and any(adapter_id in _adapter_ids(item.command) for item in self._waiting)
@@ -127,9 +147,12 @@ class Executor:
     def _step(self) -> None:
         for sampler in self._samplers:
             if sampler.active:
-                for number, outcome in sampler.step():
-                    assert isinstance(number, int)
-                    self._reply(number, outcome)
+                self._deliver(sampler.step())
+
+    def _deliver(self, outcomes: Sequence[Outcome]) -> None:
+        for number, outcome in outcomes:
+            assert isinstance(number, int)
+            self._reply(number, outcome)
 
     def _sample_as_long(self) -> None:
         """Sample for as long as the pass took that has just ended, or until nobody wants any."""
@@ -152,6 +175,15 @@ class Executor:
         except TuftError as error:
             self._reply(number, error)
 
+    def _cancel(self, number: int, sample_id: str) -> None:
+        for item in list(self._waiting):
+            if isinstance(item.command, Sample) and item.command.sample_id == sample_id:
+                self._waiting.remove(item)
+                self._reply(item.number, cancelled())
+        for sampler in self._samplers:
+            self._deliver(sampler.cancel(sample_id))
+        self._reply(number, None)
+
     # --- training and adapters ----------------------------------------------------------------------------------------
 
     def _compute(self, due: Sequence[_Waiting]) -> None:
@@ -165,7 +197,7 @@ class Executor:
             (item,) = due
             if isinstance(item.command, Sample):
                 self._join(item.number, item.command)
-            elif not isinstance(item.command, RunLoss | OptimStep):
+            elif not isinstance(item.command, RunLoss | OptimStep | CancelSample | CheckCustomLoss):
                 self._reply(item.number, self._result(item.command))
 
     def _run_losses(self, losses: Mapping[int, RunLoss]) -> None:
@@ -195,7 +227,7 @@ class Executor:
             yield numbers[index], result
 
     def _run_steps(self, steps: Mapping[int, OptimStep]) -> None:
-        due: dict[int, tuple[Adapter, AdamParams]] = {}
+        due: dict[int, tuple[Adapter, OptimizerParams]] = {}
         for number, step in steps.items():
             try:
                 due[number] = self._adapters.trainable(step.adapter_id), step.params
@@ -218,10 +250,17 @@ class Executor:
 
 def _adapter_ids(command: Command) -> tuple[str | None, ...]:
     """The adapters that a command reads or changes."""
-    return (command.source_id, command.adapter_id) if isinstance(command, CopyAdapter) else (command.adapter_id,)
+    match command:
+        case CopyAdapter():
+            return command.source_id, command.adapter_id
+        case CancelSample() | CheckCustomLoss():
+            return ()
+    return (command.adapter_id,)
 
 
 def _num_rows(command: Command) -> int:
+    if isinstance(command, OptimStep) and isinstance(command.params, DimuonParams):
+        return _MORE_THAN_A_PASS
     if not isinstance(command, RunLoss):
         return 0
     return command.num_tokens - sum(shared_with_previous([datum.tokens_T for datum in command.data]))

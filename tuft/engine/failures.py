@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from tuft.errors import EngineError, TuftError
+from tuft.errors import EngineError, TuftError, UserError
 
 
 def engine_error(error: Exception, doing: str) -> TuftError:
@@ -27,3 +27,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # what torch says on a CPU
+
+
+def cancelled() -> UserError:
+    return UserError("cancelled: its client asked for that")

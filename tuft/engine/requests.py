@@ -19,7 +19,7 @@ from tuft.engine.sampling import Draw, StopRule, uniforms
 from tuft.errors import EngineError, TuftError, UserError
 from tuft.models.lora import Adapter
 from tuft.models.paged_attention import PAGE_TOKENS
-from tuft.types import SampledSequence, SampleResult, StopReason
+from tuft.types import SampledSequence, SampleResult, SampleSpec, StopReason, TokenLogprobs
 
 _UNIFORMS_AHEAD = 64
 
@@ -27,7 +27,8 @@ _UNIFORMS_AHEAD = 64
 @dataclass(slots=True, eq=False)
 class Request:
     """One sample command. ``chunks``: those of its prompt that it holds, in order; ``num_reserved``: the pages that the
-    rest of its prompt may still take. ``new``: continuations that have no token yet."""
+    rest of its prompt may still take; ``num_hit_tokens``: those of its prompt that it did not have to compute.
+    ``new``: continuations that have no token yet."""
 
     key: Hashable
     command: Sample
@@ -35,22 +36,27 @@ class Request:
     seed: int
     max_new: int
     stop: StopRule
-    scores: PromptScores | None
+    scores: PromptScores
     chunks: list[Chunk] = field(default_factory=list)
     num_reserved: int = 0
+    num_hit_tokens: int = 0
     new: list[Continuation] = field(default_factory=list)
     num_started: int = 0
     is_over: bool = False
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
 
     @property
+    def spec(self) -> SampleSpec:
+        return self.command.spec
+
+    @property
     def num_prompt_tokens(self) -> int:
-        return len(self.command.prompt_tokens)
+        return len(self.spec.prompt_tokens)
 
     @property
     def next_chunk(self) -> tuple[int, ...]:
         """The tokens of the prompt's next chunk; none at its end."""
-        return self.command.prompt_tokens[self.num_computed : self.num_computed + CHUNK_TOKENS]
+        return self.spec.prompt_tokens[self.num_computed : self.num_computed + CHUNK_TOKENS]
 
     @property
     def num_computed(self) -> int:
@@ -75,17 +81,8 @@ class Request:
         return [page for chunk in self.chunks for page in chunk.pages]
 
     def result(self) -> SampleResult:
-        command, scores = self.command, self.scores
-        sequences = tuple(self.sequences[index] for index in range(command.num_samples))
-        if scores is None:
-            return SampleResult(sequences)
-        has_top = command.topk_prompt_logprobs > 0
-        return SampleResult(
-            sequences,
-            scores.logprobs_P if command.prompt_logprobs else None,
-            scores.top_ids_PK if has_top else None,
-            scores.top_logprobs_PK if has_top else None,
-        )
+        sequences = tuple(self.sequences[index] for index in range(self.spec.num_samples))
+        return self.scores.result(sequences, self.num_hit_tokens)
 
     def not_finite(self) -> TuftError:
         if self.command.adapter_id is None:
@@ -99,7 +96,8 @@ class Request:
 @dataclass(slots=True, eq=False)
 class Continuation:
     """One sequence being sampled behind its request's prompt. ``pages``: its own, behind the prompt's full ones;
-    ``num_reserved``: those it may still take."""
+    ``num_reserved``: those it may still take. ``likeliest``: of each token, a row of the likeliest, if they are wanted.
+    """
 
     request: Request
     index: int
@@ -107,6 +105,7 @@ class Continuation:
     pages: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[TokenLogprobs] = field(default_factory=list)
     _uniforms: list[float] = field(default_factory=list)
 
     @property
@@ -123,18 +122,23 @@ class Continuation:
         """How the token at position ``length`` is drawn."""
         if not self._uniforms:
             self._uniforms = uniforms(self.request.seed, self.index, self.length, _UNIFORMS_AHEAD)[::-1]
-        params = self.request.command.params
-        return Draw(params.temperature, params.top_k, params.top_p, self._uniforms.pop())
+        spec, params = self.request.spec, self.request.spec.params
+        return Draw(params.temperature, params.top_k, params.top_p, self._uniforms.pop(), spec.topk_logprobs)
 
-    def take(self, token: int, logprob: float) -> StopReason | None:
+    def take(self, token: int, logprob: float, likeliest: TokenLogprobs | None = None) -> StopReason | None:
         """Append a token; says why the sequence ends with it, if it does."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if likeliest is not None:
+            self.likeliest.append(likeliest)
         if self.request.stop.is_reached(self.tokens):
             return "stop"
         return "length" if len(self.tokens) == self.request.max_new else None
 
     def sequence(self, stop_reason: StopReason) -> SampledSequence:
-        return SampledSequence(
-            np.asarray(self.tokens, dtype=np.int64), np.asarray(self.logprobs, dtype=np.float32), stop_reason
-        )
+        topk = None
+        if self.likeliest:
+            ids_NK = np.concatenate([row.ids_LK for row in self.likeliest])
+            topk = TokenLogprobs(ids_NK, np.concatenate([row.logprobs_LK for row in self.likeliest]))
+        tokens_N, logprobs_N = np.asarray(self.tokens, dtype=np.int64), np.asarray(self.logprobs, dtype=np.float32)
+        return SampledSequence(tokens_N, logprobs_N, stop_reason, topk)

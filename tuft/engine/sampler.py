@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import chain
 from math import isfinite
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tuft.engine.base import EngineSettings, Sample
 from tuft.engine.decode_batch import DecodeBatch
-from tuft.engine.drawing import draw
-from tuft.engine.failures import engine_error
+from tuft.engine.drawing import Drawn, draw
+from tuft.engine.failures import cancelled, engine_error
 from tuft.engine.kv_pages import KvPages, num_pages_of
 from tuft.engine.prefix_cache import CHUNK_TOKENS, Chunk, PrefixCache
 from tuft.engine.prompt_scores import PromptScores
@@ -38,7 +38,7 @@ from tuft.models.decoder import Decoder
 from tuft.models.decoding import PackedAdapters
 from tuft.models.lora import Adapter
 from tuft.models.paged_attention import PAGE_TOKENS
-from tuft.types import SampledSequence, SampleResult
+from tuft.types import SampledSequence, SampleResult, SampleSpec
 
 Outcome = tuple[Hashable, SampleResult | TuftError]
 
@@ -87,40 +87,28 @@ class Sampler:
 
         ``adapter`` must not change any more. Raises InvalidInput if the command can never be honoured.
         """
-        config, params = self._decoder.config, command.params
-        check_params(params)
-        max_new = self._checked_length(command)
-        scores = None
-        if command.prompt_logprobs or command.topk_prompt_logprobs:
-            scores = PromptScores(command.prompt_tokens, command.topk_prompt_logprobs)
+        config, spec = self._decoder.config, command.spec
+        check_params(spec.params)
+        max_new = self._checked_length(spec)
+        seed = secrets.randbits(64) if spec.params.seed is None else spec.params.seed
+        stop = StopRule(spec.params.stop, config.eos_token_ids, self._tokenizer, spec.prompt_tokens)
         if self._settings.packed_decode:
             self._decoder.pack()
-        self._waiting.append(
-            Request(
-                key,
-                command,
-                adapter,
-                seed=secrets.randbits(64) if params.seed is None else params.seed,
-                max_new=max_new,
-                stop=StopRule(params.stop, config.eos_token_ids, self._tokenizer, command.prompt_tokens),
-                scores=scores,
-            )
-        )
+        self._waiting.append(Request(key, command, adapter, seed, max_new, stop, PromptScores(spec, seed)))
 
-    def _checked_length(self, command: Sample) -> int:
+    def _checked_length(self, spec: SampleSpec) -> int:
         """How many tokens a sample may have. Raises InvalidInput for a prompt or a count that cannot be computed."""
-        config, num_prompt, max_tokens = self._decoder.config, len(command.prompt_tokens), command.params.max_tokens
-        if command.num_samples < 1:
-            raise InvalidInput("num_samples", command.num_samples, "must be at least 1")
-        if not 0 <= command.topk_prompt_logprobs <= config.vocab_size:
-            raise InvalidInput(
-                "topk_prompt_logprobs", command.topk_prompt_logprobs, f"must be 0 to {config.vocab_size}"
-            )
+        config, num_prompt, max_tokens = self._decoder.config, len(spec.prompt_tokens), spec.params.max_tokens
+        if spec.num_samples < 1:
+            raise InvalidInput("num_samples", spec.num_samples, "must be at least 1")
+        for field, count in (("topk_prompt_logprobs", spec.scoring.topk), ("topk_sample_logprobs", spec.topk_logprobs)):
+            if not 0 <= count <= config.vocab_size:
+                raise InvalidInput(field, count, f"must be 0 to {config.vocab_size}")
         limit = config.max_context_tokens
         if not 1 <= num_prompt <= limit:
             seen = f"{num_prompt} tokens with max_tokens {max_tokens}"
             raise InvalidInput("prompt", seen, f"must have 1 to {limit} tokens, the model's context")
-        for index, token in enumerate(command.prompt_tokens):
+        for index, token in enumerate(spec.prompt_tokens):
             if not 0 <= token < config.vocab_size:
                 raise InvalidInput(f"prompt[{index}]", token, f"must be 0 to {config.vocab_size - 1}")
         room = max(1, limit - num_prompt)  # one token can always be drawn: it need not be computed on
@@ -150,6 +138,20 @@ class Sampler:
             for request in list(self._admitted):
                 self._end(request, failure)
             self._cache.forget_all()
+        return self._ended()
+
+    def cancel(self, sample_id: str) -> list[Outcome]:
+        """End the request of that id, if there is one, wherever it is. Its pages are free, and no one else notices."""
+        for request in [*self._admitted, *self._waiting]:
+            if request.command.sample_id == sample_id and not request.is_over:
+                if request in self._admitted:
+                    self._end(request, cancelled())
+                else:
+                    self._waiting.remove(request)
+                    self._outcomes.append((request.key, cancelled()))
+        return self._ended()
+
+    def _ended(self) -> list[Outcome]:
         if not self.active:
             self._batch = None
             self._packed.forget_tables()
@@ -163,7 +165,7 @@ class Sampler:
         nothing that has started is ever put back."""
         while self._waiting:
             request = self._waiting[0]
-            num_missing = request.command.num_samples - request.num_started
+            num_missing = request.spec.num_samples - request.num_started
             known = [] if request.num_started else self._known(request)
             count = min(num_missing, self._num_free_places(request, known))
             if count > 0:
@@ -173,16 +175,22 @@ class Sampler:
             self._waiting.popleft()
 
     def _known(self, request: Request) -> list[Chunk]:
-        """The chunks that the prompt begins with and that need not be computed: logprobs are not kept with them."""
+        """The chunks that the prompt begins with and that need not be computed."""
         chunks: list[Chunk] = []
-        prompt, scope = request.command.prompt_tokens, request.command.cache_scope
-        while request.scores is None and len(chunks) * CHUNK_TOKENS < len(prompt):
+        prompt = request.spec.prompt_tokens
+        while len(chunks) * CHUNK_TOKENS < len(prompt):
             start = len(chunks) * CHUNK_TOKENS
-            chunk = self._cache.known(scope, request.adapter, chunks, prompt[start : start + CHUNK_TOKENS])
+            chunk = self._found(request, chunks, prompt[start : start + CHUNK_TOKENS])
             if chunk is None:
                 break
             chunks.append(chunk)
         return chunks
+
+    def _found(self, request: Request, before: Sequence[Chunk], tokens: tuple[int, ...]) -> Chunk | None:
+        """The chunk of ``tokens`` behind ``before``, if it is known and its rows are not needed: they are not kept."""
+        if len(before) * CHUNK_TOKENS + len(tokens) > request.scores.first_row:
+            return None
+        return self._cache.known(request.command.cache_scope, request.adapter, before, tokens)
 
     def _num_free_places(self, request: Request, known: list[Chunk]) -> int:
         """How many continuations of ``request`` may start now."""
@@ -211,6 +219,7 @@ class Sampler:
         self._cache.hold(chunk)
         request.chunks.append(chunk)
         request.num_reserved -= len(chunk.pages)
+        request.num_hit_tokens += len(chunk.tokens)
 
     # --- one pass -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +243,7 @@ class Sampler:
         if continuations:
             x_UD = torch.cat(sources) if len(sources) > 1 else sources[0]
             draws = [one.next_draw() for one in continuations]
-            self._take(continuations, *draw(self._decoder, self._packed, x_UD, adapters, origins, draws))
+            self._take(continuations, draw(self._decoder, self._packed, x_UD, adapters, origins, draws))
 
     def _prompt_parts(self) -> list[PromptPart]:
         """The next chunks of the prompts that came first: as many tokens as a pass may have, but only one chunk's
@@ -242,11 +251,8 @@ class Sampler:
         budget = CHUNK_TOKENS if self._running else max(CHUNK_TOKENS, self._settings.micro_batch_tokens)
         parts: list[PromptPart] = []
         for request in self._admitted:
-            scope = request.command.cache_scope
             while tokens := request.next_chunk:
-                chunk = None
-                if request.scores is None:
-                    chunk = self._cache.known(scope, request.adapter, request.chunks, tokens)
+                chunk = self._found(request, request.chunks, tokens)
                 if chunk is not None:
                     self._hold(request, chunk)
                     continue
@@ -254,7 +260,7 @@ class Sampler:
                 if budget < 0:
                     return parts
                 start = request.num_computed
-                chunk = self._cache.add(scope, request.adapter, request.chunks, tokens)
+                chunk = self._cache.add(request.command.cache_scope, request.adapter, request.chunks, tokens)
                 request.chunks.append(chunk)
                 request.num_reserved -= len(chunk.pages)
                 parts.append(PromptPart(request, chunk, start))
@@ -264,22 +270,21 @@ class Sampler:
         row = 0
         for part in parts:
             x_PD = x_LD[row : row + len(part.chunk.tokens)]
-            if part.request.scores is not None:
-                part.request.scores.add(self._decoder, part.start, x_PD, part.request.adapter)
+            part.request.scores.add(self._decoder, part.start, x_PD, part.request.adapter)
             part.chunk.last_x_1D = x_PD[-1:].clone()
             row += len(part.chunk.tokens)
 
     # --- what came of it ----------------------------------------------------------------------------------------------
 
-    def _take(self, continuations: list[Continuation], tokens: list[int], logprobs: list[float]) -> None:
-        for one, token, logprob in zip(continuations, tokens, logprobs, strict=True):
+    def _take(self, continuations: list[Continuation], drawn: Drawn) -> None:
+        for n, (one, token, logprob) in enumerate(zip(continuations, drawn.tokens, drawn.logprobs, strict=True)):
             request = one.request
             if request.is_over:  # another of its continuations has just ended it with an error
                 continue
             if not isfinite(logprob):
                 self._end(request, request.not_finite())
                 continue
-            stop_reason = one.take(token, logprob)
+            stop_reason = one.take(token, logprob, drawn.likeliest.get(n))
             if stop_reason is not None:
                 self._finish(one, one.sequence(stop_reason))
             elif len(one.tokens) == 1:
@@ -299,7 +304,7 @@ class Sampler:
         request.sequences[one.index] = sequence
         if len(one.tokens) > 1:
             self._leave([one])
-        if len(request.sequences) == request.command.num_samples:
+        if len(request.sequences) == request.spec.num_samples:
             self._end(request, request.result())
 
     def _leave(self, leaving: list[Continuation]) -> None:

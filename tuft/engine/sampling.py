@@ -2,7 +2,7 @@
 
 Every row is computed by itself: what is drawn for one row never depends on the other rows of the call.
 Shape letters: ``N`` rows, ``M`` some of the rows, ``V`` vocabulary, ``B`` blocks of the vocabulary, ``b`` tokens of
-a block, ``K`` candidates.
+a block, ``K`` candidates, or draws from one row.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,6 +23,8 @@ from tuft.models.transfer import to_device
 from tuft.types import SamplingParams
 
 _UINT64 = 2**64 - 1
+_FIRST_ALTERNATIVE = 2**32
+"""The sample index of a prompt's first alternatives: those of samples are less."""
 _BLOCK_TOKENS = 128
 _FIRST_CANDIDATES = 1024
 """How many of the likeliest tokens are looked at first for top-p alone; all, only where these do not reach it."""
@@ -29,12 +32,14 @@ _FIRST_CANDIDATES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How one row is drawn. ``uniform`` lies in [0, 1) and decides alone which token is taken."""
+    """How one row is drawn. ``uniform`` lies in [0, 1) and decides alone which token is taken. ``num_likeliest``: how
+    many of the likeliest tokens are to be told beside it."""
 
     temperature: float
     top_k: int
     top_p: float
     uniform: float
+    num_likeliest: int = 0
 
     @property
     def is_truncated(self) -> bool:
@@ -49,6 +54,13 @@ def uniforms(seed: int, sample_index: int, first_position: int, count: int) -> l
     numbers = np.random.Generator(np.random.Philox(key=key, counter=first_position)).random(4 * count)
     taken: list[float] = numbers[::4].tolist()
     return taken
+
+
+def alternative_uniforms(seed: int, first_position: int, count: int, num_alternatives: int) -> npt.NDArray[np.float64]:
+    """``[count, K]``: what alternatives to the tokens from ``first_position`` on are drawn with; the first are the same
+    however many there are."""
+    indices = range(_FIRST_ALTERNATIVE, _FIRST_ALTERNATIVE + num_alternatives)
+    return np.stack([uniforms(seed, index, first_position, count) for index in indices], axis=1)
 
 
 def draw_tokens(
@@ -76,11 +88,11 @@ def _choose(scaled_NV: Tensor, probs_NV: Tensor, draws: Sequence[Draw]) -> Tenso
     if plain:
         rows_M = to_device(plain, probs_NV.device)
         uniforms_M = to_device([draws[n].uniform for n in plain], probs_NV.device, torch.float64)
-        tokens_N[rows_M] = _inverse_cdf(probs_NV[rows_M], uniforms_M)
+        tokens_N[rows_M] = inverse_cdf(probs_NV[rows_M], uniforms_M[:, None])[:, 0]
     for n, draw in enumerate(draws):
         if draw.temperature > 0 and draw.is_truncated:
             kept_1V = torch.where(_is_kept(probs_NV[n], draw.top_k, draw.top_p), probs_NV[n], 0.0)[None]
-            tokens_N[n] = _inverse_cdf(kept_1V, to_device([draw.uniform], probs_NV.device, torch.float64))[0]
+            tokens_N[n] = inverse_cdf(kept_1V, to_device([[draw.uniform]], probs_NV.device, torch.float64))[0, 0]
     return tokens_N
 
 
@@ -96,15 +108,24 @@ def _is_kept(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1.0:
         total = float(mass_K[-1]) if top_k > 0 else 1.0
         num_kept = min(num_kept, 1 + int((mass_K < top_p * total).sum()))  # the token that crosses top_p is kept
-    least = probs_K[num_kept - 1]
-    is_kept_V = probs_V > least
-    equal = (probs_V == least).nonzero()[:, 0]
-    is_kept_V[equal[: num_kept - int(is_kept_V.sum())]] = True
-    return is_kept_V
+    return _is_among(probs_V, probs_K[num_kept - 1], num_kept)
 
 
-def _inverse_cdf(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:
-    """The first token of each row at which the cumulative probability exceeds ``uniform * total``.
+def likeliest(logits_V: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens of the largest logits, in order of the vocabulary; of equals the first."""
+    return _is_among(logits_V, logits_V.topk(count).values[-1], count).nonzero()[:, 0]
+
+
+def _is_among(values_V: Tensor, least: Tensor, count: int) -> Tensor:
+    """Which are the ``count`` largest, the last of which is ``least``; of equals the first."""
+    is_among_V = values_V > least
+    equal = (values_V == least).nonzero()[:, 0]
+    is_among_V[equal[: count - int(is_among_V.sum())]] = True
+    return is_among_V
+
+
+def inverse_cdf(probs_MV: Tensor, uniforms_MK: Tensor) -> Tensor:
+    """The first tokens ``[M, K]`` of each row at which the cumulative probability exceeds ``uniform * total``.
 
     In two levels, blocks and then the tokens of one block, so that only a fraction is ever accumulated in float64.
     """
@@ -113,16 +134,16 @@ def _inverse_cdf(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:
     blocks_MBb = padded_MV.view(num_rows, -1, _BLOCK_TOKENS)
     mass_MB = blocks_MBb.sum(dim=-1).double().cumsum(dim=-1)
     total_M1 = mass_MB[:, -1:]
-    target_M1 = torch.minimum(uniforms_M[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
-    block_M1 = (mass_MB <= target_M1).sum(dim=-1, keepdim=True)
-    block_M1.clamp_(max=mass_MB.shape[1] - 1)  # beyond it only where a row has no mass, or NaN
-    before_M1 = torch.nn.functional.pad(mass_MB, (1, 0)).gather(1, block_M1)
-    inside_Mb = blocks_MBb[torch.arange(num_rows, device=probs_MV.device), block_M1[:, 0]]
-    offset_M = (inside_Mb.double().cumsum(dim=-1) <= target_M1 - before_M1).sum(dim=-1)
+    target_MK = torch.minimum(uniforms_MK * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
+    block_MK = torch.searchsorted(mass_MB, target_MK.contiguous(), right=True)
+    block_MK.clamp_(max=mass_MB.shape[1] - 1)  # beyond it only where a row has no mass, or NaN
+    before_MK = torch.nn.functional.pad(mass_MB, (1, 0)).gather(1, block_MK)
+    inside_MKb = blocks_MBb[torch.arange(num_rows, device=probs_MV.device)[:, None], block_MK]
+    offset_MK = (inside_MKb.double().cumsum(dim=-1) <= (target_MK - before_MK)[..., None]).sum(dim=-1)
     # float32 block sums and float64 sums inside may differ in the last digit: stay on a token that has probability
     order_b = torch.arange(_BLOCK_TOKENS, device=probs_MV.device)
-    last_M = torch.where(inside_Mb > 0, order_b, 0).amax(dim=-1)
-    return block_M1[:, 0] * _BLOCK_TOKENS + torch.minimum(offset_M, last_M)
+    last_MK = torch.where(inside_MKb > 0, order_b, 0).amax(dim=-1)
+    return block_MK * _BLOCK_TOKENS + torch.minimum(offset_MK, last_MK)
 
 
 def check_params(params: SamplingParams) -> None:

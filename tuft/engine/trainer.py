@@ -8,22 +8,30 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tuft.engine.base import RunLoss
-from tuft.engine.checks import check_part
 from tuft.engine.failures import engine_error
 from tuft.engine.packing import PackedPass, pack
 from tuft.engine.parts import PartInPass, PendingOperation
 from tuft.errors import EngineError, InvalidInput, NotFound, TuftError, UserError
+from tuft.losses import check_loss
 from tuft.models.decoder import Decoder
 from tuft.models.head import LossGradient, Targets, score
 from tuft.models.lora import Adapter, Segment
 from tuft.models.packed import packed_attention
 from tuft.models.transfer import to_device
 from tuft.types import LossResult
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    name: str
+    vocab_size: int
+    max_context_tokens: int
 
 
 class Trainer:
@@ -37,6 +45,8 @@ class Trainer:
         self.decoder = decoder
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefixes = share_prefixes
+        config = decoder.config
+        self._bounds = _Bounds("the model", config.vocab_size, config.max_context_tokens)
         self._pending: dict[tuple[str, str], PendingOperation] = {}
 
     def run(
@@ -93,7 +103,7 @@ class Trainer:
         if part.backward and not adapter.trainable:
             return InvalidInput("adapter_id", part.adapter_id, "must be trainable, not frozen sampler weights")
         try:
-            check_part(part, self.decoder.config)
+            check_loss(part.data, part.loss_fn, dict(part.loss_fn_config), self._bounds, part.numbers, part.custom_loss)
         except InvalidInput as error:
             return error
         if part.first_datum != (0 if pending is None else pending.num_data):
@@ -131,10 +141,22 @@ class Trainer:
                 keep_activations=len(tokens_T) <= self.micro_batch_tokens,
             )
         targets = Targets(packed.target_rows_M, packed.target_tokens_M)
+        for part, segment, (first, stop) in zip(computed, segments, packed.target_bounds, strict=True):
+            if part.comes_first:  # its own rows alone, so that others do not pay for it
+                part.evaluate(self._logprobs(x_TD.detach(), segment, targets, first, stop))
         scores = score(self.decoder, x_TD.detach(), segments, targets, _loss_gradient(packed, computed))
+        for part, (first, stop) in zip(computed, packed.target_bounds, strict=True):
+            if not part.comes_first:
+                part.evaluate(scores.logprobs_M[first:stop])
         if backward:
             x_TD.backward(scores.dhidden_TD)
         return computed
+
+    def _logprobs(self, x_TD: Tensor, segment: Segment, targets: Targets, first: int, stop: int) -> Tensor:
+        """Of the targets ``first:stop``, which lie on the rows of ``segment``."""
+        own = Targets(targets.rows_M[first:stop] - segment.start, targets.tokens_M[first:stop])
+        at_0 = replace(segment, start=0, stop=segment.stop - segment.start)
+        return score(self.decoder, x_TD[segment.start : segment.stop], [at_0], own).logprobs_M
 
     def _take(self, part_in_pass: PartInPass) -> LossResult | TuftError | None:
         part = part_in_pass.part
@@ -169,6 +191,6 @@ def _loss_gradient(packed: PackedPass, parts: Sequence[PartInPass]) -> LossGradi
     def gradient(first: int, stop: int, logprobs_M: Tensor) -> Tensor | None:
         number = bisect_right(stops, first)
         start = packed.target_bounds[number][0]
-        return parts[number].score(first - start, stop - start, logprobs_M)
+        return parts[number].gradient(first - start, stop - start, logprobs_M)
 
     return gradient

@@ -2,10 +2,10 @@
 
 It runs outside autograd: the gradient of a token's log-probability needs the softmax that its chunk has anyway.
 In bf16 a logit near 20 is rounded by up to 0.06, so the two logits that a log-probability hangs on, the target's and
-the largest, are computed again in float32 as dot products of their rows.
+the largest, are computed again in float32 as dot products of their rows; and so are those of a row's likeliest tokens.
 
 Shape letters: ``T`` packed rows, ``N`` rows of one chunk, ``A`` rows of a chunk with a gradient, ``D`` residual
-channels, ``V`` vocabulary, ``M`` (row, target) pairs, ``K`` alternatives of a row, ``r`` LoRA rank.
+channels, ``V`` vocabulary, ``M`` (row, target) pairs, ``K`` likeliest tokens of a row, ``r`` LoRA rank.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ MAX_CHUNK_ROWS = {"cpu": 128, "cuda": 512}
 """Rows of one chunk: enough to fill the product, few enough that their float32 logits stay small (25 MB at 128 rows and
 a vocabulary of 49k)."""
 
+_PAIRS_AT_ONCE = 4096
+"""A dot product reads a row of the head: as many as fill 67 MB at 4096 channels."""
+
 LossGradient = Callable[[int, int, Tensor], Tensor | None]
 """``(first, stop, logprobs_M)`` of the pairs ``first:stop``, all of one segment, to dloss/dlogprob, or None."""
 
@@ -44,7 +47,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """``logprobs_M`` float32; ``dhidden_TD`` if a loss gradient was asked for; ``top_*_TK`` if alternatives were."""
+    """``logprobs_M`` float32; ``dhidden_TD`` if a loss gradient was asked for; ``top_*_TK``, best first, if any."""
 
     logprobs_M: Tensor
     dhidden_TD: Tensor | None
@@ -58,7 +61,7 @@ def score(
     segments: Sequence[Segment],
     targets: Targets,
     loss_gradient: LossGradient | None = None,
-    num_alternatives: int = 0,
+    num_top: int = 0,
 ) -> Scores:
     """Log-probabilities (temperature 1) of ``targets`` under the rows of ``x_TD``, the decoder's hidden states.
 
@@ -69,8 +72,8 @@ def score(
     scores = Scores(
         logprobs_M,
         torch.zeros_like(x_TD) if loss_gradient is not None else None,
-        torch.empty((len(x_TD), num_alternatives), dtype=torch.int64, device=x_TD.device) if num_alternatives else None,
-        torch.empty((len(x_TD), num_alternatives), device=x_TD.device) if num_alternatives else None,
+        torch.empty((len(x_TD), num_top), dtype=torch.int64, device=x_TD.device) if num_top else None,
+        torch.empty((len(x_TD), num_top), device=x_TD.device) if num_top else None,
     )
     with torch.no_grad():
         for pieces in _chunks(len(x_TD), segments, MAX_CHUNK_ROWS[x_TD.device.type]):
@@ -128,15 +131,13 @@ def _score_chunk(
     logits_NV = decoder.logits(x_ND, segments)
     target_logits_M, exact = _exact_pairs(decoder, x_ND, segments, logits_NV, (rows_M, tokens_M))
     if scores.top_tokens_TK is not None and scores.top_logprobs_TK is not None:
-        exact_NV = logits_NV.to(torch.float32, copy=True)
-        exact_NV[exact.rows_M, exact.tokens_M] = exact.values_M
-        top = exact_NV.topk(scores.top_tokens_TK.shape[1], dim=-1)
-        scores.top_tokens_TK[start:stop], scores.top_logprobs_TK[start:stop] = top.indices, top.values
+        top = _likeliest(decoder, x_ND, segments, logits_NV, exact, scores.top_tokens_TK.shape[1])
+        scores.top_tokens_TK[start:stop], scores.top_logprobs_TK[start:stop] = top
     sums_N2, kept_NV = decoder.ops.log_sum_exp(logits_NV, exact)
     logprobs_M = scores.logprobs_M[first:last]
     torch.sub(target_logits_M - sums_N2[rows_M, 0], sums_N2[rows_M, 1], out=logprobs_M)
     if scores.top_logprobs_TK is not None:
-        scores.top_logprobs_TK[start:stop] -= sums_N2.sum(dim=1, keepdim=True)
+        scores.top_logprobs_TK[start:stop].sub_(sums_N2[:, :1]).sub_(sums_N2[:, 1:])
     if loss_gradient is None or scores.dhidden_TD is None:
         return
     dlogprobs_M = torch.zeros_like(logprobs_M)
@@ -168,6 +169,22 @@ def _exact_pairs(
     return values[: len(rows_M)], _sorted_pairs(rows, tokens, values)
 
 
+def _likeliest(
+    decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], logits_NV: Tensor, exact: Pairs, num_top: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens ``[N, K]`` and their exact logits."""
+    if decoder.dtype == torch.float32:
+        values_NK, tokens_NK = logits_NV.topk(num_top, dim=-1)
+        return tokens_NK, values_NK
+    logits_NV = logits_NV.float()
+    logits_NV[exact.rows_M, exact.tokens_M] = exact.values_M
+    tokens_NK = logits_NV.topk(num_top, dim=-1).indices
+    rows_M = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(num_top)
+    values_M = dot_products(decoder, x_ND.float(), segments, rows_M, tokens_NK.flatten())
+    values_NK, order_NK = values_M.view_as(tokens_NK).sort(dim=-1, descending=True, stable=True)
+    return tokens_NK.gather(1, order_NK), values_NK
+
+
 def _sorted_pairs(rows_M: Tensor, tokens_M: Tensor, values_M: Tensor) -> Pairs:
     order_M = tokens_M.argsort(stable=True)
     order_M = order_M[rows_M[order_M].argsort(stable=True)]
@@ -193,11 +210,13 @@ def dot_products(
     decoder: Decoder, x_ND: Tensor, segments: Sequence[Segment], rows_M: Tensor, tokens_M: Tensor
 ) -> Tensor:
     """The exact logits ``[M]`` of the pairs, float32, from ``x_ND`` in float32."""
-    logits_M: Tensor = torch.linalg.vecdot(x_ND[rows_M], decoder.head_VD[tokens_M].float())
+    pieces = zip(rows_M.split(_PAIRS_AT_ONCE), tokens_M.split(_PAIRS_AT_ONCE), strict=True)
+    logits_M = torch.cat([torch.linalg.vecdot(x_ND[rows], decoder.head_VD[tokens].float()) for rows, tokens in pieces])
     for part in lora_rows(segments, LM_HEAD, torch.float32):
         h_Nr = base_product(x_ND[part.start : part.stop], part.group.A_RK) * part.scale
-        mine = (rows_M >= part.start) & (rows_M < part.stop)
-        logits_M[mine] += torch.linalg.vecdot(h_Nr[rows_M[mine] - part.start], part.group.Bs_Nr[0][tokens_M[mine]])
+        mine = ((rows_M >= part.start) & (rows_M < part.stop)).nonzero()[:, 0]
+        for some in mine.split(_PAIRS_AT_ONCE):
+            logits_M[some] += torch.linalg.vecdot(h_Nr[rows_M[some] - part.start], part.group.Bs_Nr[0][tokens_M[some]])
     return logits_M
 
 

@@ -11,6 +11,7 @@ in_features, ``N`` out_features.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor
 
 from tuft.errors import InvalidInput, ModelError
-from tuft.types import AdapterState, Float32Array, LoraSpec
+from tuft.types import AdapterState, Float32Array, LoraSpec, Optimizer
 
 PEFT_PREFIX = "base_model.model."
 LM_HEAD = "lm_head"
 
-_COPIES_TRAINABLE, _COPIES_FROZEN = 4.5, 1.5
-"""The weights, in float32 and in bf16; if trainable their gradients and two moments."""
+MOMENTS: Mapping[Optimizer, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "dimuon": ("exp_avg",)}
+"""What each optimizer keeps beside the weights, float32 and of their shape."""
+_COPIES_FROZEN = 1.5
+"""The weights, in float32 and in bf16."""
 
 _GROUPS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -115,6 +118,17 @@ class LoraLayout:
     @property
     def matrices(self) -> list[_Matrix]:
         return [matrix for group in self.groups for matrix in (*group.As, *group.Bs)]
+
+    def by_width(self, flat_P: Tensor) -> dict[int, list[Tensor]]:
+        """The matrices within ``flat_P``, each with its rank first: every A as it is, every B transposed; those of one
+        width together."""
+        found: defaultdict[int, list[Tensor]] = defaultdict(list)
+        for group in self.groups:
+            for A in group.As:
+                found[A.shape[1]].append(A.of(flat_P))
+            for B in group.Bs:
+                found[B.shape[0]].append(B.of(flat_P).t())
+        return found
 
     def views(self, flat_P: Tensor) -> LoraViews:
         """The matrices within ``flat_P``, which shares their memory."""
@@ -208,7 +222,7 @@ def _layout(linear_shapes: tuple[tuple[str, tuple[int, int]], ...], spec: LoraSp
 class Adapter:
     """One adapter's tensors on a device.
 
-    ``params_P`` is the float32 master copy; ``exp_avg_P`` and ``exp_avg_sq_P`` exist only if ``trainable``;
+    ``params_P`` is the float32 master copy; ``moments`` are those that ``optimizer`` keeps, none unless ``trainable``;
     ``gradients_P`` is None until there are some. Whoever writes to ``params_P`` calls ``mark_updated`` afterwards.
     """
 
@@ -218,24 +232,31 @@ class Adapter:
         spec: LoraSpec,
         device: torch.device,
         trainable: bool = True,
+        optimizer: Optimizer = "adamw",
     ) -> None:
         self.spec = spec
         self.trainable = trainable
+        self.optimizer: Optimizer = optimizer
         self.step = 0
         self.layout = _layout(tuple(linear_shapes.items()), spec)
         self.params_P = torch.zeros(self.layout.num_parameters, device=device)
         self.gradients_P: Tensor | None = None
-        if trainable:
-            self.exp_avg_P = torch.zeros_like(self.params_P)
-            self.exp_avg_sq_P = torch.zeros_like(self.params_P)
+        kept = MOMENTS[optimizer] if trainable else ()
+        self.moments = {name: torch.zeros_like(self.params_P) for name in kept}
         self._params: dict[torch.dtype, Tensor] = {}
         self._views: dict[torch.dtype, LoraViews] = {}
 
     @classmethod
-    def initialised(cls, linear_shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, device: torch.device) -> Adapter:
+    def initialised(
+        cls,
+        linear_shapes: Mapping[str, tuple[int, int]],
+        spec: LoraSpec,
+        device: torch.device,
+        optimizer: Optimizer = "adamw",
+    ) -> Adapter:
         """A new trainable adapter: B zero, A uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as PEFT
         does), drawn on the CPU from ``spec.seed`` alone: the same on every device and beside any neighbours."""
-        adapter = cls(linear_shapes, spec, device)
+        adapter = cls(linear_shapes, spec, device, optimizer=optimizer)
         generator = torch.Generator()
         if spec.seed is None:
             generator.seed()
@@ -257,14 +278,15 @@ class Adapter:
         trainable: bool,
     ) -> Adapter:
         """Raises InvalidInput that names the tensor that is missing, unknown, of a wrong shape or not finite."""
-        adapter = cls(linear_shapes, state.spec, device, trainable)
+        adapter = cls(linear_shapes, state.spec, device, trainable, state.optimizer)
         adapter.layout.fill(adapter.params_P, state.weights, "weights")
         if trainable:
             adapter.step = state.step
-            if state.exp_avg:
-                adapter.layout.fill(adapter.exp_avg_P, state.exp_avg, "exp_avg")
-            if state.exp_avg_sq:
-                adapter.layout.fill(adapter.exp_avg_sq_P, state.exp_avg_sq, "exp_avg_sq")
+            for name, arrays in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+                if arrays and name not in adapter.moments:
+                    raise InvalidInput(name, "present", f"{state.optimizer} keeps no such moment")
+                if arrays:
+                    adapter.layout.fill(adapter.moments[name], arrays, name)
             if state.gradients:
                 adapter.gradients_P = torch.empty_like(adapter.params_P)
                 adapter.layout.fill(adapter.gradients_P, state.gradients, "gradients")
@@ -274,6 +296,7 @@ class Adapter:
         """The present weights, for sampling."""
         copy = Adapter.__new__(Adapter)
         copy.spec, copy.layout, copy.step, copy.trainable = self.spec, self.layout, self.step, False
+        copy.optimizer, copy.moments = self.optimizer, {}
         copy.params_P, copy.gradients_P, copy._views = self.params_P.clone(), None, {}
         copy._params = {}
         return copy
@@ -282,16 +305,18 @@ class Adapter:
         """Copies on the host, float32. Raises ModelError if the optimizer is asked of frozen weights."""
         weights = self.layout.export(self.params_P)
         if not with_optimizer:
-            return AdapterState(self.spec, weights, step=self.step)
+            return AdapterState(self.spec, weights, step=self.step, optimizer=self.optimizer)
         if not self.trainable:
             raise ModelError("frozen sampler weights have no optimizer state")
+        moments = {name: self.layout.export(moment_P) for name, moment_P in self.moments.items()}
         return AdapterState(
             self.spec,
             weights,
-            exp_avg=self.layout.export(self.exp_avg_P),
-            exp_avg_sq=self.layout.export(self.exp_avg_sq_P),
+            exp_avg=moments.get("exp_avg", {}),
+            exp_avg_sq=moments.get("exp_avg_sq", {}),
             gradients={} if self.gradients_P is None else self.layout.export(self.gradients_P),
             step=self.step,
+            optimizer=self.optimizer,
         )
 
     @property
@@ -316,7 +341,8 @@ class Adapter:
     @property
     def num_bytes(self) -> int:
         """The most that it holds of memory."""
-        return int(self.params_P.nbytes * (_COPIES_TRAINABLE if self.trainable else _COPIES_FROZEN))
+        copies = 1 + len(self.moments) if self.trainable else 0  # the gradients among them
+        return int(self.params_P.nbytes * (_COPIES_FROZEN + copies))
 
     def move_to(self, device: torch.device) -> None:
         """Nothing happens if it is there."""
@@ -331,8 +357,7 @@ class Adapter:
         self.params_P = moved(self.params_P)
         if self.gradients_P is not None:
             self.gradients_P = moved(self.gradients_P)
-        if self.trainable:
-            self.exp_avg_P, self.exp_avg_sq_P = moved(self.exp_avg_P), moved(self.exp_avg_sq_P)
+        self.moments = {name: moved(moment_P) for name, moment_P in self.moments.items()}
         self._params.clear()
         self._views.clear()
 

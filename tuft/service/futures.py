@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Literal
 
 import structlog
 
-from tuft.errors import Gone, QuotaExceeded, ServerError, TuftError
+from tuft.errors import Gone, InvalidInput, QuotaExceeded, ServerError, TuftError
 from tuft.records import Tenant
 from tuft.types import Failure, FutureResult
 
@@ -29,7 +29,10 @@ class Pending:
 
 @dataclass(slots=True)
 class _Entry:
+    """``cancel`` ends the work, if that can be."""
+
     tenant_id: str
+    cancel: Callable[[], object] | None = None
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
     result: FutureResult | Failure | None = None
     forget_at_s: float | None = None
@@ -49,6 +52,11 @@ class Futures:
     @property
     def num_pending(self) -> int:
         return self._pending.total()
+
+    @property
+    def num_kept(self) -> int:
+        """Pending ones, and those whose result is kept."""
+        return len(self._entries)
 
     def create(self, tenant_id: str) -> str:
         """A new pending future's id. Raises QuotaExceeded when the tenant has too many pending."""
@@ -74,9 +82,7 @@ class Futures:
     async def wait(self, tenant: Tenant, future_id: str, hold_s: float) -> FutureResult | Failure | Pending:
         """The result, or Pending after ``hold_s`` seconds. Raises Gone for an id that is unknown, another tenant's,
         or no longer kept."""
-        entry = self._entries.get(future_id)
-        if entry is None or entry.tenant_id != tenant.tenant_id:
-            raise Gone(f"request_id: {future_id!r} is unknown here, or its result is no longer kept")
+        entry = self._owned(tenant, future_id)
         if entry.result is None and not self._is_closing:
             waiter = asyncio.get_running_loop().create_future()
             entry.waiters.append(waiter)
@@ -88,6 +94,34 @@ class Futures:
             return Pending()
         entry.forget_at_s = time.monotonic() + self._read_retention_s
         return entry.result
+
+    def let_cancel(self, future_id: str, cancel: Callable[[], object]) -> None:
+        """From now on ``cancel`` ends the work of a pending future, which then settles soon."""
+        self._entries[future_id].cancel = cancel
+
+    def cancel(self, tenant: Tenant, future_id: str) -> None:
+        """End a future's work; one that is settled stays as it is. Raises Gone like ``wait``, InvalidInput for work
+        that cannot be ended."""
+        entry = self._owned(tenant, future_id)
+        if entry.result is not None:
+            return
+        if entry.cancel is None:
+            raise InvalidInput(
+                "request_id", future_id, "only samples can be cancelled: what a run does keeps its order"
+            )
+        entry.cancel()
+
+    def peek(self, future_id: str) -> FutureResult | Failure | None:
+        """The result if there is one. That it was seen does not shorten how long it is kept."""
+        entry = self._entries.get(future_id)
+        return None if entry is None else entry.result
+
+    def free(self, future_id: str) -> bool:
+        """Forget a result that has arrived where it was wanted; False if there is none."""
+        if self.peek(future_id) is None:
+            return False
+        del self._entries[future_id]
+        return True
 
     def known(self, future_id: str) -> bool:
         return future_id in self._entries
@@ -108,6 +142,12 @@ class Futures:
         self._is_closing = True
         for entry in self._entries.values():
             _wake(entry)
+
+    def _owned(self, tenant: Tenant, future_id: str) -> _Entry:
+        entry = self._entries.get(future_id)
+        if entry is None or entry.tenant_id != tenant.tenant_id:
+            raise Gone(f"request_id: {future_id!r} is unknown here, or its result is no longer kept")
+        return entry
 
 
 def _wake(entry: _Entry) -> None:

@@ -20,11 +20,14 @@ class BaseModels:
         return self._engine.base_models
 
     def require(self, name: str, field: str = "base_model") -> BaseModelInfo:
-        """The model of that name or alias. Raises InvalidInput that lists what there is, ModelError if not ready."""
+        """The model of that name or alias. What follows a colon, as in ``Qwen/Qwen3-8B:peft:262144``, chooses among
+        variants that a larger service has of one model: here there is one of each, so it counts only if a name of ours
+        has it. Raises InvalidInput that lists what there is, ModelError if not ready."""
         if not self.all:
             raise ModelError("the base model is still loading; try again in a few seconds")
-        for model in self.all:
-            if name == model.name or name in model.aliases:
-                return model
+        for wanted in (name, name.partition(":")[0]):
+            for model in self.all:
+                if wanted == model.name or wanted in model.aliases:
+                    return model
         names = ", ".join(repr(model.name) for model in self.all)
         raise InvalidInput(field, name, f"this server has {names}")

@@ -1,25 +1,25 @@
-"""Sampling sessions, and which frozen adapters the engine holds for them.
-
-In the engine a frozen adapter goes by the directory its weights are saved in: what a directory holds never changes, so
-neither does what a sampler made from it says.
-"""
+"""Sampling sessions, and what is sampled in them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 
 from tuft.config import LimitsSection
-from tuft.engine.base import DropAdapter, Engine, LoadAdapter, Sample
+from tuft.engine.base import CancelSample, Engine, Sample
 from tuft.errors import InvalidInput, NotFound
-from tuft.records import Run, SamplerInfo, Tenant, now
+from tuft.records import Run, SamplerInfo, SamplingClient, Tenant, now
+from tuft.service.activity import Activity
 from tuft.service.checkpoints import Checkpoints
+from tuft.service.completions import Completions
 from tuft.service.models import BaseModels
+from tuft.service.provenance import Provenance
+from tuft.service.residents import Residents
+from tuft.service.sampling_checks import check_sampling
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
-from tuft.service.validation import check_sampling, check_seq
+from tuft.service.validation import check_seq
 from tuft.store.catalog import Catalog
-from tuft.types import FutureResult, SamplingParams
+from tuft.types import FutureResult, SampleResult, SampleSpec
 
 
 class Samplers:
@@ -34,6 +34,9 @@ class Samplers:
         sessions: Sessions,
         checkpoints: Checkpoints,
         limits: LimitsSection,
+        provenance: Provenance,
+        completions: Completions,
+        activity: Activity,
     ) -> None:
         self._catalog = catalog
         self._engine = engine
@@ -42,8 +45,10 @@ class Samplers:
         self._sessions = sessions
         self._checkpoints = checkpoints
         self._limits = limits
-        self._resident: OrderedDict[str, int] = OrderedDict()  # directory -> engine generation; least used first
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._provenance = provenance
+        self._completions = completions
+        self._activity = activity
+        self.residents = Residents(engine, scheduler, checkpoints, limits.max_resident_samplers)
         self._future_of_seq: dict[tuple[str, int], str] = {}
 
     def create(
@@ -65,11 +70,12 @@ class Samplers:
             return known
         directory = None
         if model_path is not None:
-            checkpoint = self._checkpoints.get(tenant, model_path)
+            checkpoint = self._checkpoints.loadable(tenant, model_path)
             model = self._models.require(checkpoint.base_model)
             if base_model is not None and self._models.require(base_model).name != model.name:
                 raise InvalidInput("base_model", base_model, f"{model_path} belongs to {model.name}")
             directory = checkpoint.directory
+            self._checkpoints.note_read(tenant, checkpoint, "sampling")
         elif base_model is not None:
             model = self._models.require(base_model)
         else:
@@ -78,9 +84,33 @@ class Samplers:
             tenant.tenant_id, session.session_id, sampling_session_seq_id, model.name, model_path, directory
         )
 
+    def require_free(self, session_id: str, sampling_session_seq_id: int) -> None:
+        """Raises InvalidInput if the session has a sampler of that number."""
+        if self._catalog.has_sampler(_sampler_id(session_id, sampling_session_seq_id)):
+            raise InvalidInput("sampling_session_seq_id", sampling_session_seq_id, "is taken in this session")
+
     def add_ephemeral(self, run: Run, sampling_session_seq_id: int, directory: str) -> SamplerInfo:
         """A sampling session on weights that no path names."""
         return self._add(run.tenant_id, run.session_id, sampling_session_seq_id, run.base_model, None, directory)
+
+    async def add_inflight(self, run: Run, sampling_session_seq_id: int, directory: str) -> SamplerInfo:
+        """A sampling session on the run's mutable weights: those of ``directory`` from now on, in this and in all such
+        sessions of the run. A request that has begun keeps what it began with."""
+        sampler = self._add(
+            run.tenant_id, run.session_id, sampling_session_seq_id, run.base_model, None, directory, run.run_id
+        )
+        for replaced in self._catalog.move_inflight_samplers(run.run_id, directory):
+            await self.residents.loaded(replaced)
+            self.residents.discard(replaced)
+        return sampler
+
+    def join(self, tenant: Tenant, sampler_id: str) -> int:
+        """Another client of a sampling session, in a process of its own; returns its number, which no other ever has.
+        Raises NotFound."""
+        number = self._catalog.count_join(tenant, sampler_id)
+        if number is None:
+            raise NotFound(f"sampling_session_id: {sampler_id!r} is unknown")
+        return number
 
     def get(self, tenant: Tenant, sampler_id: str) -> SamplerInfo:
         """The tenant's sampler of that id; raises NotFound."""
@@ -94,11 +124,8 @@ class Samplers:
         tenant: Tenant,
         sampling_session_id: str,
         seq_id: int,
-        prompt_tokens: tuple[int, ...],
-        params: SamplingParams,
-        num_samples: int,
-        prompt_logprobs: bool,
-        topk_prompt_logprobs: int,
+        spec: SampleSpec,
+        record_stability_info: bool = False,
     ) -> tuple[str, list[str]]:
         """Start sampling; returns the future of its SampleResult and an id for each sequence to come.
 
@@ -106,67 +133,54 @@ class Samplers:
         """
         sampler = self.get(tenant, sampling_session_id)
         model = self._models.require(sampler.base_model)
-        check_sampling(prompt_tokens, params, num_samples, topk_prompt_logprobs, model, self._limits)
-        sequence_ids = [f"{sampling_session_id}:{seq_id}:{index}" for index in range(num_samples)]
+        check_sampling(spec, model, self._limits)
+        sequence_ids = [f"{sampling_session_id}:{seq_id}:{index}" for index in range(spec.num_samples)]
         key = (sampling_session_id, seq_id)
         known = self._future_of_seq.get(key)
         if known is not None and self._scheduler.knows(known):
             return known, sequence_ids
-        command = Sample(
-            base_model=sampler.base_model,
-            adapter_id=sampler.directory,
-            prompt_tokens=prompt_tokens,
-            params=params,
-            num_samples=num_samples,
-            prompt_logprobs=prompt_logprobs,
-            topk_prompt_logprobs=topk_prompt_logprobs,
-            cache_scope=tenant.tenant_id,
-        )
+        sample_id = f"{sampling_session_id}:{seq_id}"
+        cache_scope = tenant.tenant_id if sampler.inflight_run_id is None else sampling_session_id
 
         async def run() -> FutureResult:
-            if sampler.directory is not None:
-                await self._ensure_resident(sampler.directory, sampler.base_model)
-            result: FutureResult = await self._scheduler.ask(command)
+            directory = await self._resident_directory(tenant, sampler)
+            span.start()
+            try:
+                result: SampleResult = await self._scheduler.ask(
+                    Sample(sampler.base_model, directory, spec, cache_scope, sample_id)
+                )
+            except asyncio.CancelledError:
+                self._engine.submit([CancelSample(sample_id)])
+                raise
+            if record_stability_info:
+                self._provenance.record(tenant, sampler.session_id, sequence_ids, spec.prompt_tokens, result)
             return result
 
-        future_id = self._scheduler.start(tenant.tenant_id, run)
+        future_id = self._scheduler.start(tenant.tenant_id, run, can_cancel=True, on_end=self._completions.note_end)
+        span = self._activity.sample(sampler, seq_id, spec)
+        self._scheduler.watch(future_id, span)
         self._future_of_seq[key] = future_id
+        self._completions.expect(future_id, SamplingClient.of_seq(sampling_session_id, seq_id))
         return future_id, sequence_ids
-
-    def note_resident(self, directory: str) -> None:
-        """The engine holds the adapter of ``directory`` now; beyond the limit, the least used one leaves."""
-        self._resident[directory] = self._engine.generation
-        self._resident.move_to_end(directory)
-        while len(self._resident) > self._limits.max_resident_samplers:
-            leaving, _ = self._resident.popitem(last=False)
-            self._engine.submit([DropAdapter(leaving)])
 
     def sweep(self) -> None:
         """Forget the retries of futures that are no longer kept, and the ephemeral weights of sessions that are over:
         nothing can name them any more."""
         for session_id in filter(self._sessions.is_over, self._catalog.ephemeral_sessions()):
             for directory in self._catalog.delete_ephemeral_samplers(session_id):
-                self._checkpoints.discard(directory)
-                if self._resident.pop(directory, None) is not None:
-                    self._engine.submit([DropAdapter(directory)])
+                self.residents.discard(directory)
         self._future_of_seq = {
             key: future_id for key, future_id in self._future_of_seq.items() if self._scheduler.knows(future_id)
         }
 
-    async def _ensure_resident(self, directory: str, base_model: str) -> None:
-        if self._resident.get(directory) == self._engine.generation:
-            self._resident.move_to_end(directory)
-            return
-        if directory not in self._loading:  # whoever comes while it loads waits for the same load
-            task = asyncio.get_running_loop().create_task(self._load(directory, base_model))
-            task.add_done_callback(lambda _: self._loading.pop(directory))
-            self._loading[directory] = task
-        await asyncio.shield(self._loading[directory])
-
-    async def _load(self, directory: str, base_model: str) -> None:
-        state = await self._checkpoints.read(directory, with_optimizer=False)
-        await self._scheduler.ask(LoadAdapter(directory, base_model, state, trainable=False))
-        self.note_resident(directory)
+    async def _resident_directory(self, tenant: Tenant, sampler: SamplerInfo) -> str | None:
+        """Where the sampler's weights are, which the engine holds at this moment; None: those of the base model."""
+        while True:
+            if sampler.inflight_run_id is not None:  # they may have been replaced meanwhile
+                sampler = self.get(tenant, sampler.sampler_id)
+            if sampler.directory is None or self.residents.use(sampler.directory):
+                return sampler.directory
+            await self.residents.load(sampler.directory, sampler.base_model)
 
     def _add(
         self,
@@ -176,9 +190,9 @@ class Samplers:
         base_model: str,
         model_path: str | None,
         directory: str | None,
+        inflight_run_id: str | None = None,
     ) -> SamplerInfo:
-        if self._catalog.has_sampler(_sampler_id(session_id, sampling_session_seq_id)):
-            raise InvalidInput("sampling_session_seq_id", sampling_session_seq_id, "is taken in this session")
+        self.require_free(session_id, sampling_session_seq_id)
         sampler = SamplerInfo(
             sampler_id=_sampler_id(session_id, sampling_session_seq_id),
             tenant_id=tenant_id,
@@ -188,6 +202,7 @@ class Samplers:
             model_path=model_path,
             directory=directory,
             created_at=now(),
+            inflight_run_id=inflight_run_id,
         )
         self._catalog.add_sampler(sampler)
         return sampler

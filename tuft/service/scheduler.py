@@ -13,21 +13,26 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from tuft.engine.base import Command, Engine, OptimStep, RunLoss
 from tuft.errors import RunLost, TuftError
 from tuft.records import Run
+from tuft.service.activity import Activity
 from tuft.service.futures import Futures, failure, outcome
 from tuft.service.queue import Barrier, Operation, OperationQueue, Part, Work
+from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 _SWEEP_INTERVAL_S = 1.0
 _MAX_PASSES = 2
+_CANCELLED = Failure("cancelled: its client asked for that", "user")
 
 
 @dataclass(slots=True)
@@ -41,16 +46,18 @@ class _Pass:
 class Scheduler:
     """Owns the queue. Lives on one event loop; nothing here blocks it."""
 
-    def __init__(self, engine: Engine, futures: Futures, seq_gap_timeout_s: float) -> None:
+    def __init__(self, engine: Engine, futures: Futures, activity: Activity, seq_gap_timeout_s: float) -> None:
         self._engine = engine
         self._futures = futures
+        self._activity = activity
         self._seq_gap_timeout_s = seq_gap_timeout_s
         self._queue = OperationQueue()
         self._future_of_seq: dict[tuple[str, int], str] = {}
+        self._spans: dict[str, Span] = {}  # of futures that are not settled yet
         self._generation_of_run: dict[str, int] = {}
         self._passes: list[_Pass] = []
         self._num_unanswered = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -74,8 +81,9 @@ class Scheduler:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def submit(self, run: Run, seq: int, work: Work) -> str:
-        """Queue ``work`` as operation ``seq`` of ``run``; returns its future's id at once.
+    def submit(self, run: Run, seq: int, name: str, work: Work) -> str:
+        """Queue ``work``, which the trace calls ``name``, as operation ``seq`` of ``run``; returns its future's id at
+        once.
 
         A retry of (run, seq) gets the first call's future. A run that is not open, or a seq that was given up, gives a
         future that has failed already.
@@ -86,27 +94,47 @@ class Scheduler:
             return known
         future_id = self._futures.create(run.tenant_id)
         self._future_of_seq[key] = future_id
+        self._spans[future_id] = self._activity.operation(run, seq, name, work)
         if not self._queue.has(run.run_id):
-            self._futures.settle(future_id, failure(RunLost(f"run {run.run_id} is {run.status}: {_HOW_TO_GO_ON}")))
+            self._settle_future(future_id, failure(RunLost(f"run {run.run_id} is {run.status}: {_HOW_TO_GO_ON}")))
         elif not self._queue.accepts(run.run_id, seq):
             message = (
                 f"seq_id: {seq} of run {run.run_id} had its turn: it was given up, or its result is no longer kept"
             )
-            self._futures.settle(future_id, Failure(message, "user"))
+            self._settle_future(future_id, Failure(message, "user"))
         else:
             self._queue.put(Operation(run.run_id, run.tenant_id, seq, future_id, work), time.monotonic())
             self._dispatch()
         return future_id
 
-    def start(self, tenant_id: str, work: Barrier) -> str:
-        """Start ``work`` now, beside the lanes (samples); returns its future's id."""
+    def start(
+        self,
+        tenant_id: str,
+        work: Barrier,
+        *,
+        can_cancel: bool = False,
+        on_end: Callable[[str], None] = lambda _: None,
+    ) -> str:
+        """Start ``work`` now, beside the lanes; returns its future's id. ``on_end`` is told that id once the future is
+        settled."""
         future_id = self._futures.create(tenant_id)
 
-        async def settle() -> None:
-            self._futures.settle(future_id, await outcome(work()))
+        async def run() -> FutureResult | Failure:
+            return await outcome(work())
 
-        self._spawn(settle())
+        def end(task: asyncio.Task[FutureResult | Failure]) -> None:
+            self._settle_future(future_id, _CANCELLED if task.cancelled() else task.result())
+            on_end(future_id)
+
+        task = self._spawn(run())
+        task.add_done_callback(end)
+        if can_cancel:
+            self._futures.let_cancel(future_id, task.cancel)
         return future_id
+
+    def watch(self, future_id: str, span: Span) -> None:
+        """Settle the span with the future."""
+        self._spans[future_id] = span
 
     async def ask(self, command: Command) -> Any:
         """The engine's reply to one command, after everything submitted before it. Raises what it ended with."""
@@ -132,10 +160,11 @@ class Scheduler:
             await asyncio.sleep(0.02)
         return True
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself holds tasks weakly
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _dispatch(self) -> None:
         """Start all that may start now."""
@@ -153,6 +182,7 @@ class Scheduler:
     def _start(self, parts: Sequence[Part], filling: _Pass) -> None:
         batch = []
         for part in parts:
+            self._spans[part.operation.future_id].start()
             if not isinstance(part.work, RunLoss | OptimStep):
                 self._spawn(self._run_barrier(part, part.work))
             elif not self.is_live(part.operation.run_id):
@@ -197,7 +227,13 @@ class Scheduler:
     def _settle(self, operation: Operation, result: FutureResult | Failure) -> None:
         if isinstance(result, Failure):
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
-        self._futures.settle(operation.future_id, result)
+        self._settle_future(operation.future_id, result)
+
+    def _settle_future(self, future_id: str, result: FutureResult | Failure) -> None:
+        self._futures.settle(future_id, result)
+        span = self._spans.pop(future_id, None)
+        if span is not None:
+            self._activity.settled(span, result)
 
     def _sweep(self) -> None:
         for operation in self._queue.give_up_gaps(time.monotonic(), self._seq_gap_timeout_s):

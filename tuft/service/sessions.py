@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 from uuid import uuid4
 
+from tuft.config import DEFAULT_PROJECT
 from tuft.errors import Gone, NotFound
-from tuft.records import Session, Tenant, now
-from tuft.store.catalog import Catalog
+from tuft.records import Session, SessionSearch, SessionSummary, Tenant, now
+from tuft.service.audit import Audit
+from tuft.service.projects import Projects
+from tuft.service.traces import Traces
+from tuft.store.sessions import SessionCatalog
+
+_NOTE_INTERVAL_S = 60.0
+_RUNNING = timedelta(minutes=5)
 
 
 class Sessions:
     """A session groups the runs and samplers that one client made. It is over when the client says so, or when
     nothing was heard of it for ``timeout_s``."""
 
-    def __init__(self, catalog: Catalog, timeout_s: float) -> None:
+    def __init__(
+        self, catalog: SessionCatalog, projects: Projects, audit: Audit, traces: Traces, timeout_s: float
+    ) -> None:
         self._catalog = catalog
+        self._projects = projects
+        self._audit = audit
+        self._traces = traces
         self._timeout_s = timeout_s
         self._started_at_s = time.monotonic()
-        self._heard_at_s: dict[str, float] = {}
-        self._finished: set[str] = set()
+        self._heard_at_s: dict[str, float] = {}  # of those that have finished: before all time
+        self._noted_at_s = self._started_at_s
 
     def create(
         self,
@@ -29,27 +44,46 @@ class Sessions:
         user_metadata: Mapping[str, str],
         sdk_version: str,
         display_name: str | None,
+        project_id: str | None = None,
+        session_id: str | None = None,
     ) -> Session:
+        """Raises Forbidden for a project of others. ``session_id`` must be one that no one has; left out, it is."""
         session = Session(
-            session_id=str(uuid4()),
+            session_id=session_id or str(uuid4()),
             tenant_id=tenant.tenant_id,
             created_at=now(),
             tags=tuple(tags),
             user_metadata=dict(user_metadata),
             sdk_version=sdk_version,
             display_name=display_name,
+            project_id=self._projects.placed(tenant, project_id),
         )
-        self._catalog.add_session(session)
+        self._catalog.add(session)
+        if session.project_id is not None:
+            self._note_project(tenant, session)
         self._heard_at_s[session.session_id] = time.monotonic()
         return session
 
     def require(self, tenant: Tenant, session_id: str) -> Session:
         """The tenant's session of that id; raises NotFound."""
-        session = self._catalog.session(tenant, session_id)
-        if session is None:
-            raise NotFound(f"session_id: {session_id!r} is unknown")
+        session = self.find(tenant, session_id, accessible=False)
         if not session.finished:
             self._heard_at_s[session_id] = time.monotonic()
+        return session
+
+    def find(self, tenant: Tenant, session_id: str, accessible: bool) -> Session:
+        """The tenant's session, or if ``accessible`` one of a project it shares; raises NotFound."""
+        shared = self._projects.shared_with(tenant) if accessible else {}
+        session = self._catalog.session(tenant, session_id, shared)
+        if session is None:
+            raise NotFound(f"session_id: {session_id!r} is unknown")
+        return session
+
+    def signed_for(self, session_id: str) -> Session:
+        """Whoever owns it, for the holder of a link that is signed. Raises NotFound."""
+        session = self._catalog.get(session_id)
+        if session is None:
+            raise NotFound(f"session_id: {session_id!r} is unknown")
         return session
 
     def heartbeat(self, tenant: Tenant, session_id: str) -> None:
@@ -61,21 +95,51 @@ class Sessions:
 
     def is_over(self, session_id: str) -> bool:
         """True once the client said so or fell silent; one of an earlier server may still come back."""
-        heard_at_s = self._heard_at_s.get(session_id, self._started_at_s)
-        return session_id in self._finished or time.monotonic() - heard_at_s > self._timeout_s
+        return time.monotonic() - self._heard_at_s.get(session_id, self._started_at_s) > self._timeout_s
 
     def finish(self, tenant: Tenant, session_id: str, reason: str, detail: str | None) -> None:
         """Record why the client ended; the first reason wins."""
-        self._catalog.finish_session(self.require(tenant, session_id).session_id, reason, detail)
-        self._finished.add(session_id)
+        if self._catalog.finish(self.require(tenant, session_id).session_id, reason, detail):
+            self._traces.note(session_id, f"client finished: {reason}")
+        self._heard_at_s[session_id] = -math.inf
 
-    def list(self, tenant: Tenant, limit: int, offset: int) -> tuple[list[Session], int]:
+    def assign(self, tenant: Tenant, session_id: str, project_id: str) -> None:
+        """Move the tenant's session, with all that was made in it, into a project. Raises NotFound or Forbidden."""
+        session = self.find(tenant, session_id, accessible=False)
+        session = replace(session, project_id=self._projects.placed(tenant, project_id))
+        self._catalog.assign(session_id, session.project_id)
+        self._note_project(tenant, session)
+
+    def list(self, tenant: Tenant, limit: int, offset: int, accessible: bool = False) -> tuple[list[Session], int]:
         """One page, newest first, and the number of all."""
-        return self._catalog.sessions(tenant, limit, offset)
+        shared = self._projects.shared_with(tenant) if accessible else {}
+        return self._catalog.page(tenant, limit, offset, shared)
 
-    def get(self, tenant: Tenant, session_id: str) -> tuple[Session, Sequence[str], Sequence[str]]:
-        """The session, its run ids and its sampler ids."""
-        session = self.require(tenant, session_id)
-        runs, _ = self._catalog.runs(tenant, limit=1000, offset=0, session_id=session_id)
-        samplers = self._catalog.samplers(tenant, session_id)
-        return session, [run.run_id for run in reversed(runs)], [sampler.sampler_id for sampler in samplers]
+    def parts(self, session: Session) -> tuple[Sequence[str], Sequence[str]]:
+        """The session's run ids and its sampler ids."""
+        return self._catalog.parts(session.session_id)
+
+    def search(
+        self, tenant: Tenant, search: SessionSearch
+    ) -> tuple[Sequence[SessionSummary], tuple[datetime, str] | None]:
+        """One page of what the tenant may see, newest first, and where the next begins. Raises Forbidden if it names a
+        project of others."""
+        for project_id in search.project_ids or ():
+            self._projects.check_member(tenant, project_id)
+        return self._catalog.search(tenant, self._projects.shared_with(tenant), search, heard_since=now() - _RUNNING)
+
+    def sweep(self) -> None:
+        """Write down now and then who was heard, and forget who fell silent."""
+        moment_s = time.monotonic()
+        if moment_s - self._noted_at_s < _NOTE_INTERVAL_S:
+            return
+        self._catalog.heard([key for key, heard_at_s in self._heard_at_s.items() if heard_at_s >= self._noted_at_s])
+        self._noted_at_s = moment_s
+        if moment_s - self._started_at_s > self._timeout_s:  # from here on, who is not in the table is over
+            silent = [key for key, heard_at_s in self._heard_at_s.items() if moment_s - heard_at_s > self._timeout_s]
+            for session_id in silent:
+                del self._heard_at_s[session_id]
+
+    def _note_project(self, tenant: Tenant, session: Session) -> None:
+        project_id = session.project_id or DEFAULT_PROJECT
+        self._audit.note(tenant, "project_session_assign", project_id=project_id, session_id=session.session_id)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from tuft.records import Checkpoint, CheckpointPath, Run, RunStatus, SamplerInfo, Session, Tenant, now
+from tuft.config import DEFAULT_PROJECT
+from tuft.records import ApiKey, Run, RunStatus, SamplerInfo, Shared, Tenant, now
 from tuft.store import tables
 from tuft.store.db import Database
+from tuft.store.sessions import within_reach
 from tuft.types import LoraSpec
 
 
@@ -33,56 +36,27 @@ class Catalog:
                 row = self._database.first(query)
         return tenant if row is None else Tenant(row.tenant_id, row.name)
 
-    def add_key(self, tenant: Tenant, key_hash: str, hint: str) -> None:
+    def add_key(self, key: ApiKey) -> None:
         self._database.insert(
-            tables.api_keys, key_hash=key_hash, tenant_id=tenant.tenant_id, hint=hint, created_at=now()
+            tables.api_keys,
+            key_hash=key.key_id,
+            tenant_id=key.tenant.tenant_id,
+            hint=key.hint,
+            created_at=key.created_at,
         )
 
-    def tenant_of_key(self, key_hash: str) -> Tenant | None:
-        row = self._database.first(
-            select(tables.tenants).join(tables.api_keys).where(tables.api_keys.c.key_hash == key_hash)
-        )
-        return None if row is None else Tenant(row.tenant_id, row.name)
+    def key(self, key_id: str) -> ApiKey | None:
+        table = tables.api_keys
+        query = select(table, tables.tenants.c.name).join(tables.tenants).where(table.c.key_hash == key_id)
+        row = self._database.first(query)
+        return None if row is None else ApiKey(key_id, Tenant(row.tenant_id, row.name), row.hint, row.created_at)
+
+    def delete_key(self, key_id: str) -> None:
+        with self._database.transaction() as connection:
+            connection.execute(delete(tables.api_keys).where(tables.api_keys.c.key_hash == key_id))
 
     def has_keys(self) -> bool:
         return self._database.first(select(tables.api_keys.c.key_hash).limit(1)) is not None
-
-    # --- sessions -----------------------------------------------------------------------------------------------------
-
-    def add_session(self, session: Session) -> None:
-        self._database.insert(
-            tables.sessions,
-            session_id=session.session_id,
-            tenant_id=session.tenant_id,
-            created_at=session.created_at,
-            tags=list(session.tags),
-            user_metadata=dict(session.user_metadata),
-            sdk_version=session.sdk_version,
-            display_name=session.display_name,
-        )
-
-    def session(self, tenant: Tenant, session_id: str) -> Session | None:
-        table = tables.sessions
-        row = self._database.first(
-            select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id)
-        )
-        return None if row is None else _session(row)
-
-    def sessions(self, tenant: Tenant, limit: int, offset: int) -> tuple[list[Session], int]:
-        table = tables.sessions
-        query = select(table).where(table.c.tenant_id == tenant.tenant_id).order_by(table.c.created_at.desc())
-        rows, total = self._database.page(query, limit, offset)
-        return [_session(row) for row in rows], total
-
-    def finish_session(self, session_id: str, reason: str, detail: str | None) -> None:
-        """The first reason wins."""
-        table = tables.sessions
-        with self._database.transaction() as connection:
-            connection.execute(
-                update(table)
-                .where(table.c.session_id == session_id, table.c.finish_reason.is_(None))
-                .values(finish_reason=reason, finish_detail=detail)
-            )
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +68,8 @@ class Catalog:
             session_id=run.session_id,
             model_seq_id=run.model_seq_id,
             base_model=run.base_model,
-            **_lora_values(run.spec),
+            **lora_values(run.spec),
+            optimizer=run.optimizer,
             status=run.status,
             created_at=run.created_at,
             last_request_at=run.last_request_at,
@@ -106,13 +81,27 @@ class Catalog:
         row = self._database.first(select(table).where(table.c.run_id == run_id, table.c.tenant_id == tenant.tenant_id))
         return None if row is None else _run(row)
 
-    def runs(self, tenant: Tenant, limit: int, offset: int, session_id: str | None = None) -> tuple[list[Run], int]:
-        table = tables.runs
-        query = select(table).where(table.c.tenant_id == tenant.tenant_id).order_by(table.c.created_at.desc())
-        if session_id is not None:
-            query = query.where(table.c.session_id == session_id)
-        rows, total = self._database.page(query, limit, offset)
+    def run_within_reach(self, tenant: Tenant, shared: Shared, run_id: str) -> Run | None:
+        """The tenant's own, or one of a shared project."""
+        query = select(tables.runs).join(tables.sessions).where(within_reach(tenant, shared))
+        row = self._database.first(query.where(tables.runs.c.run_id == run_id))
+        return None if row is None else _run(row)
+
+    def runs(
+        self, tenant: Tenant, limit: int, offset: int, shared: Shared, project_id: str | None = None
+    ) -> tuple[list[Run], int]:
+        """One page of the tenant's and of those in shared projects, newest first, and the number of all."""
+        table, sessions = tables.runs, tables.sessions
+        query = select(table).join(sessions).where(within_reach(tenant, shared))
+        if project_id is not None:
+            query = query.where(func.coalesce(sessions.c.project_id, DEFAULT_PROJECT) == project_id)
+        rows, total = self._database.page(query.order_by(table.c.created_at.desc(), table.c.run_id), limit, offset)
         return [_run(row) for row in rows], total
+
+    def tenant_names(self, tenant_ids: Collection[str]) -> dict[str, str]:
+        table = tables.tenants
+        rows = self._database.all(select(table.c.tenant_id, table.c.name).where(table.c.tenant_id.in_(tenant_ids)))
+        return {row.tenant_id: row.name for row in rows}
 
     def set_run_status(self, run_id: str, status: RunStatus) -> None:
         table = tables.runs
@@ -134,71 +123,6 @@ class Catalog:
             )
         return changed.rowcount
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def put_checkpoint(self, checkpoint: Checkpoint) -> str | None:
-        """Insert, or give the name its new meaning, in one transaction. Returns the directory it had before."""
-        before = select(tables.checkpoints.c.directory).where(*_named(checkpoint.path))
-        with self._database.transaction() as connection:
-            directory = connection.execute(before).scalar()
-            connection.execute(delete(tables.checkpoints).where(*_named(checkpoint.path)))
-            connection.execute(
-                insert(tables.checkpoints).values(
-                    run_id=checkpoint.path.run_id,
-                    kind=checkpoint.path.kind,
-                    name=checkpoint.path.name,
-                    tenant_id=checkpoint.tenant_id,
-                    base_model=checkpoint.base_model,
-                    **_lora_values(checkpoint.spec),
-                    directory=checkpoint.directory,
-                    size_bytes=checkpoint.size_bytes,
-                    has_optimizer=checkpoint.has_optimizer,
-                    created_at=checkpoint.created_at,
-                    expires_at=checkpoint.expires_at,
-                    user_metadata=dict(checkpoint.user_metadata),
-                )
-            )
-        return directory
-
-    def checkpoint(self, tenant: Tenant, path: CheckpointPath) -> Checkpoint | None:
-        table = tables.checkpoints
-        row = self._database.first(
-            select(table).where(*_named(path), table.c.tenant_id == tenant.tenant_id, _unexpired())
-        )
-        return None if row is None else _checkpoint(row)
-
-    def checkpoints(
-        self, tenant: Tenant, limit: int, offset: int, run_id: str | None = None, kind: str | None = None
-    ) -> tuple[list[Checkpoint], int]:
-        table = tables.checkpoints
-        query = select(table).where(table.c.tenant_id == tenant.tenant_id, _unexpired())
-        if run_id is not None:
-            query = query.where(table.c.run_id == run_id)
-        if kind is not None:
-            query = query.where(table.c.kind == kind)
-        rows, total = self._database.page(query.order_by(table.c.created_at.desc()), limit, offset)
-        return [_checkpoint(row) for row in rows], total
-
-    def delete_checkpoint(self, path: CheckpointPath) -> None:
-        with self._database.transaction() as connection:
-            connection.execute(delete(tables.checkpoints).where(*_named(path)))
-
-    def delete_expired_checkpoints(self) -> list[str]:
-        """Returns the directories of those that were deleted."""
-        table = tables.checkpoints
-        expired = table.c.expires_at <= now()
-        with self._database.transaction() as connection:
-            directories = list(connection.execute(select(table.c.directory).where(expired)).scalars())
-            connection.execute(delete(table).where(expired))
-        return directories
-
-    def live_directories(self) -> set[str]:
-        """Every weights directory that a row still points to."""
-        with self._database.transaction() as connection:
-            found = set(connection.execute(select(tables.checkpoints.c.directory)).scalars())
-            ephemeral = select(tables.samplers.c.directory).where(tables.samplers.c.directory.is_not(None))
-            return found | {directory for directory in connection.execute(ephemeral).scalars() if directory}
-
     # --- samplers -----------------------------------------------------------------------------------------------------
 
     def add_sampler(self, sampler: SamplerInfo) -> None:
@@ -211,8 +135,27 @@ class Catalog:
             base_model=sampler.base_model,
             model_path=sampler.model_path,
             directory=sampler.directory,
+            inflight_run_id=sampler.inflight_run_id,
             created_at=sampler.created_at,
         )
+
+    def move_inflight_samplers(self, run_id: str, directory: str) -> list[str]:
+        """All samplers on the run's mutable weights have those of ``directory`` now. Returns what they had before."""
+        table = tables.samplers
+        moved = (table.c.inflight_run_id == run_id, table.c.directory != directory)
+        with self._database.transaction() as connection:
+            before = list(connection.execute(select(table.c.directory).where(*moved).distinct()).scalars())
+            connection.execute(update(table).where(*moved).values(directory=directory))
+        return before
+
+    def count_join(self, tenant: Tenant, sampler_id: str) -> int | None:
+        """One more client has joined the sampling session: returns how many have. None if there is no such session."""
+        table = tables.samplers
+        counted = update(table).where(table.c.sampler_id == sampler_id, table.c.tenant_id == tenant.tenant_id)
+        with self._database.transaction() as connection:
+            return connection.execute(
+                counted.values(num_joined=table.c.num_joined + 1).returning(table.c.num_joined)
+            ).scalar()
 
     def sampler(self, tenant: Tenant, sampler_id: str) -> SamplerInfo | None:
         table = tables.samplers
@@ -232,7 +175,7 @@ class Catalog:
             return [_sampler(row) for row in connection.execute(query.order_by(table.c.created_at))]
 
     def ephemeral_sessions(self) -> set[str]:
-        """Sessions that have samplers on weights of their own."""
+        """Sessions that have samplers on weights which no checkpoint names, or names any more."""
         with self._database.transaction() as connection:
             return set(connection.execute(select(tables.samplers.c.session_id).where(*_ephemeral())).scalars())
 
@@ -247,10 +190,11 @@ class Catalog:
 
 
 def _ephemeral() -> tuple[Any, ...]:
-    return tables.samplers.c.directory.is_not(None), tables.samplers.c.model_path.is_(None)
+    column = tables.samplers.c.directory
+    return column.is_not(None), column.not_in(select(tables.checkpoints.c.directory))
 
 
-def _lora_values(spec: LoraSpec) -> dict[str, Any]:
+def lora_values(spec: LoraSpec) -> dict[str, Any]:
     return {
         "rank": spec.rank,
         "seed": spec.seed,
@@ -260,31 +204,8 @@ def _lora_values(spec: LoraSpec) -> dict[str, Any]:
     }
 
 
-def _spec(row: Row[Any]) -> LoraSpec:
+def lora_spec(row: Row[Any]) -> LoraSpec:
     return LoraSpec(row.rank, row.seed, row.train_attn, row.train_mlp, row.train_unembed)
-
-
-def _named(path: CheckpointPath) -> tuple[Any, ...]:
-    table = tables.checkpoints
-    return table.c.run_id == path.run_id, table.c.kind == path.kind, table.c.name == path.name
-
-
-def _unexpired() -> Any:
-    column = tables.checkpoints.c.expires_at
-    return column.is_(None) | (column > now())
-
-
-def _session(row: Row[Any]) -> Session:
-    return Session(
-        session_id=row.session_id,
-        tenant_id=row.tenant_id,
-        created_at=row.created_at,
-        tags=tuple(row.tags),
-        user_metadata=row.user_metadata,
-        sdk_version=row.sdk_version,
-        display_name=row.display_name,
-        finished=row.finish_reason is not None,
-    )
 
 
 def _run(row: Row[Any]) -> Run:
@@ -294,26 +215,12 @@ def _run(row: Row[Any]) -> Run:
         session_id=row.session_id,
         model_seq_id=row.model_seq_id,
         base_model=row.base_model,
-        spec=_spec(row),
+        spec=lora_spec(row),
         status=row.status,
         created_at=row.created_at,
         last_request_at=row.last_request_at,
         user_metadata=row.user_metadata,
-    )
-
-
-def _checkpoint(row: Row[Any]) -> Checkpoint:
-    return Checkpoint(
-        path=CheckpointPath(row.run_id, row.kind, row.name),
-        tenant_id=row.tenant_id,
-        base_model=row.base_model,
-        spec=_spec(row),
-        directory=row.directory,
-        size_bytes=row.size_bytes,
-        has_optimizer=row.has_optimizer,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        user_metadata=row.user_metadata,
+        optimizer=row.optimizer,
     )
 
 
@@ -327,4 +234,5 @@ def _sampler(row: Row[Any]) -> SamplerInfo:
         model_path=row.model_path,
         directory=row.directory,
         created_at=row.created_at,
+        inflight_run_id=row.inflight_run_id,
     )

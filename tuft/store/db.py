@@ -87,6 +87,11 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute("PRAGMA busy_timeout=5000")
     cursor.close()
+    connection.create_function("lower", 1, _lower, deterministic=True)  # its own knows ASCII alone
+
+
+def _lower(text: str | None) -> str | None:
+    return None if text is None else text.lower()
 
 
 def _migrate(engine: Engine) -> None:

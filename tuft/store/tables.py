@@ -71,6 +71,7 @@ sessions = Table(
     Column("finish_reason", String(32)),
     Column("finish_detail", Text),
     Column("project_id", String(128)),
+    Column("heard_at", UtcDateTime),
     Index("sessions_of_tenant", "tenant_id", "created_at"),
 )
 
@@ -122,6 +123,7 @@ checkpoints = Table(
     Column("user_metadata", JSON, nullable=False),
     PrimaryKeyConstraint("run_id", "kind", "name"),
     Index("checkpoints_of_tenant", "tenant_id", "created_at"),
+    Index("checkpoints_of_directory", "directory"),
 )
 
 samplers = Table(
@@ -135,8 +137,19 @@ samplers = Table(
     Column("model_path", Text),
     Column("directory", Text),
     Column("inflight_run_id", ForeignKey("runs.run_id")),
+    Column("num_joined", Integer, nullable=False, server_default="0"),
     Column("created_at", UtcDateTime, nullable=False),
     UniqueConstraint("session_id", "sampling_session_seq_id"),
+    Index("samplers_of_directory", "directory"),
+)
+
+# Samples of whose end their clients have not been told. A sampler may be forgotten before its samples.
+awaited_samples = Table(
+    "awaited_samples",
+    metadata,
+    Column("request_id", String(64), primary_key=True),
+    Column("sampler_id", String(128), nullable=False),
+    Column("clone_id", BigInteger, nullable=False),
 )
 
 custom_losses = Table(
@@ -148,7 +161,7 @@ custom_losses = Table(
     Column("custom_loss_seq_id", BigInteger, nullable=False),
     Column("name", Text, nullable=False),
     Column("inputs", JSON, nullable=False),
-    Column("nodes", JSON, nullable=False),
+    Column("nodes", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     UniqueConstraint("session_id", "custom_loss_seq_id"),
 )

@@ -4,7 +4,9 @@
       adapter_model.safetensors   the LoRA matrices, float32
       adapter_config.json         PEFT's LoraConfig
       optimizer.safetensors       exp_avg/…, exp_avg_sq/…, gradients/… (training checkpoints alone)
-      manifest.json               LoRA choices, optimizer step, and the size and SHA-256 of every file above
+      manifest.json               LoRA choices, optimizer, its step, and the size and SHA-256 of every file above
+
+An external checkpoint holds the first two and an empty ``checkpoint_complete``, each perhaps encrypted (``.age``).
 
 A directory appears under its name only when it is complete: it is written beside it, synced and renamed.
 """
@@ -15,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -25,14 +27,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tuft.errors import StorageError
+from tuft.store.age import encrypt
 from tuft.types import LORA_ALPHA, AdapterState, Float32Array, LoraSpec
 
-_ADAPTER, _CONFIG, _OPTIMIZER, _MANIFEST = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.safetensors",
-    "manifest.json",
-)
+ADAPTER, CONFIG, COMPLETE = "adapter_model.safetensors", "adapter_config.json", "checkpoint_complete"
+"""What is handed out; clients look for the last to know that they have everything."""
+_OPTIMIZER, _MANIFEST = "optimizer.safetensors", "manifest.json"
 _PARTIAL = ".partial-"
 
 
@@ -41,26 +41,32 @@ def write_adapter(root: Path, directory: str, state: AdapterState, base_model: s
 
     Raises StorageError; nothing stays under the name then.
     """
-    final = root / directory
-    partial = final.with_name(f"{_PARTIAL}{final.name}-{token_hex(4)}")
-    try:
-        partial.mkdir(parents=True)
-        save_file(dict(state.weights), partial / _ADAPTER, metadata={"format": "pt"})
-        (partial / _CONFIG).write_text(json.dumps(_peft_config(state, base_model), indent=2))
+
+    def fill(partial: Path) -> None:
+        _write_peft(partial, state, base_model)
         if state.exp_avg:
             save_file(_optimizer_tensors(state), partial / _OPTIMIZER)
         files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
-        manifest = {"base_model": base_model, "lora": asdict(state.spec), "step": state.step, "files": files}
+        about = {"base_model": base_model, "lora": asdict(state.spec), "optimizer": state.optimizer, "step": state.step}
+        manifest = {**about, "files": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-        size = sum(path.stat().st_size for path in partial.iterdir())
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(final)
-        _sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"{final} could not be written: {error}; free some space, then save again") from error
-    return size
+
+    return _write(root / directory, fill)
+
+
+def write_external(
+    root: Path, directory: str, state: AdapterState, base_model: str, recipients: Sequence[str] | None
+) -> int:
+    """The same for PEFT's files alone, encrypted to ``recipients`` if there are any."""
+
+    def fill(partial: Path) -> None:
+        _write_peft(partial, state, base_model)
+        (partial / COMPLETE).touch()
+        if recipients is not None:
+            for path in list(partial.iterdir()):
+                encrypt(path, recipients)
+
+    return _write(root / directory, fill)
 
 
 def read_adapter(root: Path, directory: str, *, with_optimizer: bool) -> AdapterState:
@@ -75,7 +81,7 @@ def read_adapter(root: Path, directory: str, *, with_optimizer: bool) -> Adapter
         for name in wanted:
             if _sha256(path / name) != manifest["files"][name]["sha256"]:
                 raise StorageError(f"{path / name} is damaged: its SHA-256 is not the one of its manifest")
-        weights = load_file(path / _ADAPTER)
+        weights = load_file(path / ADAPTER)
         optimizer = load_file(path / _OPTIMIZER) if _OPTIMIZER in wanted else {}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(f"checkpoint {path} cannot be read: {error}") from error
@@ -86,7 +92,17 @@ def read_adapter(root: Path, directory: str, *, with_optimizer: bool) -> Adapter
         exp_avg_sq=_part(optimizer, "exp_avg_sq"),
         gradients=_part(optimizer, "gradients"),
         step=manifest["step"] if optimizer else 0,
+        optimizer=manifest.get("optimizer", "adamw"),  # those of an older server do not say
     )
+
+
+def files_to_hand_out(root: Path, directory: str) -> dict[str, Path]:
+    """The files under ``root/directory`` that its readers may download, by name. Raises StorageError."""
+    try:
+        paths = sorted((root / directory).iterdir())
+    except OSError as error:
+        raise StorageError(f"checkpoint {root / directory} cannot be read: {error}") from error
+    return {path.name: path for path in paths if path.name not in (_OPTIMIZER, _MANIFEST)}
 
 
 def delete_adapter(root: Path, directory: str) -> None:
@@ -100,6 +116,28 @@ def sweep(root: Path) -> int:
     for path in partial:
         shutil.rmtree(path, ignore_errors=True)
     return len(partial)
+
+
+def _write(final: Path, fill: Callable[[Path], None]) -> int:
+    """``fill`` a directory that takes its name when all of it is on the disk; returns its size in bytes."""
+    partial = final.with_name(f"{_PARTIAL}{final.name}-{token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        size = sum(path.stat().st_size for path in partial.iterdir())
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        partial.rename(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError, StorageError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(f"{final} could not be written: {error}; free some space, then save again") from error
+    return size
+
+
+def _write_peft(partial: Path, state: AdapterState, base_model: str) -> None:
+    save_file(dict(state.weights), partial / ADAPTER, metadata={"format": "pt"})
+    (partial / CONFIG).write_text(json.dumps(_peft_config(state, base_model), indent=2))
 
 
 def _optimizer_tensors(state: AdapterState) -> dict[str, Float32Array]:

@@ -3,8 +3,8 @@
 isort:skip_file
 What the Tinker SDK puts on the wire where it does not speak JSON: forward_backward, and the results of
 forward_backward and sample. Written from the protocol; the package name is ours, since the wire does not carry it
-and the SDK's own would clash in one process. Fields we do not use (provenance spans, image contents) are left out:
-protobuf keeps unknown fields apart, so a newer SDK does not break us.
+and the SDK's own would clash in one process. Fields we do not use (image contents) are left out: protobuf keeps
+unknown fields apart, so a newer SDK does not break us.
 
 All `bytes` of numbers are little-endian arrays. Regenerate with
   python -m grpc_tools.protoc -I . --python_out=. --mypy_out=. tuft/api/proto/wire.proto
@@ -198,23 +198,113 @@ class Datum(_message.Message):
 
     MODEL_INPUT_FIELD_NUMBER: _builtins.int
     LOSS_FN_INPUTS_FIELD_NUMBER: _builtins.int
+    MODEL_INPUT_SPANS_FIELD_NUMBER: _builtins.int
+    LOSS_FN_INPUT_SPANS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model_input(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]: ...
     @_builtins.property
     def loss_fn_inputs(self) -> _containers.MessageMap[_builtins.str, Global___Tensor]: ...
+    @_builtins.property
+    def model_input_spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProvenanceSpan]:
+        """they tile the input tokens"""
+
+    @_builtins.property
+    def loss_fn_input_spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProvenanceSpan]:
+        """they tile the targets"""
+
     def __init__(
         self,
         *,
         model_input: _abc.Iterable[Global___Chunk] | None = ...,
         loss_fn_inputs: _abc.Mapping[_builtins.str, Global___Tensor] | None = ...,
+        model_input_spans: _abc.Iterable[Global___ProvenanceSpan] | None = ...,
+        loss_fn_input_spans: _abc.Iterable[Global___ProvenanceSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss_fn_inputs", b"loss_fn_inputs", "model_input", b"model_input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss_fn_input_spans", b"loss_fn_input_spans", "loss_fn_inputs", b"loss_fn_inputs", "model_input", b"model_input", "model_input_spans", b"model_input_spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Datum: _TypeAlias = Datum  # noqa: Y015
+
+@_typing.final
+class ProvenanceSpan(_message.Message):
+    """Where some consecutive tokens come from: the prompt of a sampled sequence, or the sequence itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLED_TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompt_tokens(self) -> Global___PromptProvenanceSpan: ...
+    @_builtins.property
+    def sampled_tokens(self) -> Global___SampledProvenanceSpan: ...
+    def __init__(
+        self,
+        *,
+        prompt_tokens: Global___PromptProvenanceSpan | None = ...,
+        sampled_tokens: Global___SampledProvenanceSpan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "sampled_tokens", b"sampled_tokens", "span", b"span"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "sampled_tokens", b"sampled_tokens", "span", b"span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_span: _TypeAlias = _typing.Literal["prompt_tokens", "sampled_tokens"]  # noqa: Y015
+    _WhichOneofArgType_span: _TypeAlias = _typing.Literal["span", b"span"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_span) -> _WhichOneofReturnType_span | None: ...
+
+Global___ProvenanceSpan: _TypeAlias = ProvenanceSpan  # noqa: Y015
+
+@_typing.final
+class PromptProvenanceSpan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    offset: _builtins.int
+    length: _builtins.int
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptProvenanceSpan: _TypeAlias = PromptProvenanceSpan  # noqa: Y015
+
+@_typing.final
+class SampledProvenanceSpan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    offset: _builtins.int
+    length: _builtins.int
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampledProvenanceSpan: _TypeAlias = SampledProvenanceSpan  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
@@ -493,29 +583,50 @@ class SampleResponse(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHE_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_ALT_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_logprobs: _builtins.bytes
     """float32, NaN where there is none"""
+    prompt_cache_hit_tokens: _builtins.int
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampledSequence]: ...
     @_builtins.property
     def topk_prompt_logprobs(self) -> Global___TopkLogprobs: ...
+    @_builtins.property
+    def target_prompt_logprobs(self) -> Global___Tensor:
+        """float32, of the shape and layout of what was asked"""
+
+    @_builtins.property
+    def prompt_alt_tokens(self) -> Global___PromptAltTokens: ...
     def __init__(
         self,
         *,
         sequences: _abc.Iterable[Global___SampledSequence] | None = ...,
         prompt_logprobs: _builtins.bytes | None = ...,
         topk_prompt_logprobs: Global___TopkLogprobs | None = ...,
+        prompt_cache_hit_tokens: _builtins.int = ...,
+        target_prompt_logprobs: Global___Tensor | None = ...,
+        prompt_alt_tokens: Global___PromptAltTokens | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_topk_prompt_logprobs", b"_topk_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_alt_tokens", b"_prompt_alt_tokens", "_prompt_logprobs", b"_prompt_logprobs", "_target_prompt_logprobs", b"_target_prompt_logprobs", "_topk_prompt_logprobs", b"_topk_prompt_logprobs", "prompt_alt_tokens", b"prompt_alt_tokens", "prompt_logprobs", b"prompt_logprobs", "target_prompt_logprobs", b"target_prompt_logprobs", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_topk_prompt_logprobs", b"_topk_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs", "sequences", b"sequences", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_alt_tokens", b"_prompt_alt_tokens", "_prompt_logprobs", b"_prompt_logprobs", "_target_prompt_logprobs", b"_target_prompt_logprobs", "_topk_prompt_logprobs", b"_topk_prompt_logprobs", "prompt_alt_tokens", b"prompt_alt_tokens", "prompt_cache_hit_tokens", b"prompt_cache_hit_tokens", "prompt_logprobs", b"prompt_logprobs", "sequences", b"sequences", "target_prompt_logprobs", b"target_prompt_logprobs", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prompt_alt_tokens: _TypeAlias = _typing.Literal["prompt_alt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__prompt_alt_tokens: _TypeAlias = _typing.Literal["_prompt_alt_tokens", b"_prompt_alt_tokens"]  # noqa: Y015
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__target_prompt_logprobs: _TypeAlias = _typing.Literal["target_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__target_prompt_logprobs: _TypeAlias = _typing.Literal["_target_prompt_logprobs", b"_target_prompt_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__topk_prompt_logprobs: _TypeAlias = _typing.Literal["topk_prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__topk_prompt_logprobs: _TypeAlias = _typing.Literal["_topk_prompt_logprobs", b"_topk_prompt_logprobs"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_alt_tokens) -> _WhichOneofReturnType__prompt_alt_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_prompt_logprobs) -> _WhichOneofReturnType__target_prompt_logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__topk_prompt_logprobs) -> _WhichOneofReturnType__topk_prompt_logprobs | None: ...
 
@@ -528,27 +639,66 @@ class SampledSequence(_message.Message):
     STOP_REASON_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOPK_SAMPLED_LOGPROBS_FIELD_NUMBER: _builtins.int
     stop_reason: Global___StopReason.ValueType
     tokens: _builtins.bytes
     """int32"""
     logprobs: _builtins.bytes
     """float32"""
+    @_builtins.property
+    def topk_sampled_logprobs(self) -> Global___TopkLogprobs: ...
     def __init__(
         self,
         *,
         stop_reason: Global___StopReason.ValueType = ...,
         tokens: _builtins.bytes = ...,
         logprobs: _builtins.bytes | None = ...,
+        topk_sampled_logprobs: Global___TopkLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_topk_sampled_logprobs", b"_topk_sampled_logprobs", "logprobs", b"logprobs", "topk_sampled_logprobs", b"topk_sampled_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "stop_reason", b"stop_reason", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_topk_sampled_logprobs", b"_topk_sampled_logprobs", "logprobs", b"logprobs", "stop_reason", b"stop_reason", "tokens", b"tokens", "topk_sampled_logprobs", b"topk_sampled_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__topk_sampled_logprobs: _TypeAlias = _typing.Literal["topk_sampled_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__topk_sampled_logprobs: _TypeAlias = _typing.Literal["_topk_sampled_logprobs", b"_topk_sampled_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__topk_sampled_logprobs) -> _WhichOneofReturnType__topk_sampled_logprobs | None: ...
 
 Global___SampledSequence: _TypeAlias = SampledSequence  # noqa: Y015
+
+@_typing.final
+class PromptAltTokens(_message.Message):
+    """Two [prompt tokens - 1, k] tensors: what was drawn in place of each prompt token after the first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> Global___Tensor:
+        """int32"""
+
+    @_builtins.property
+    def logprobs(self) -> Global___Tensor:
+        """float32"""
+
+    def __init__(
+        self,
+        *,
+        tokens: Global___Tensor | None = ...,
+        logprobs: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptAltTokens: _TypeAlias = PromptAltTokens  # noqa: Y015
 
 @_typing.final
 class TopkLogprobs(_message.Message):

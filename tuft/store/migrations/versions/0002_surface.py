@@ -14,14 +14,25 @@ depends_on = None
 def upgrade() -> None:
     with op.batch_alter_table("sessions") as sessions:
         sessions.add_column(sa.Column("project_id", sa.String(length=128)))
+        sessions.add_column(sa.Column("heard_at", sa.DateTime(timezone=True)))
     with op.batch_alter_table("runs") as runs:
         runs.add_column(sa.Column("optimizer", sa.String(length=16), nullable=False, server_default="adamw"))
     with op.batch_alter_table("checkpoints") as checkpoints:
         checkpoints.add_column(sa.Column("optimizer", sa.String(length=16), nullable=False, server_default="adamw"))
         checkpoints.add_column(sa.Column("public", sa.Boolean(), nullable=False, server_default=sa.false()))
+        checkpoints.create_index("checkpoints_of_directory", ["directory"])
     with op.batch_alter_table("samplers") as samplers:
         samplers.add_column(sa.Column("inflight_run_id", sa.String(length=128)))
+        samplers.add_column(sa.Column("num_joined", sa.Integer(), nullable=False, server_default="0"))
         samplers.create_foreign_key("samplers_inflight_run", "runs", ["inflight_run_id"], ["run_id"])
+        samplers.create_index("samplers_of_directory", ["directory"])
+    op.create_table(
+        "awaited_samples",
+        sa.Column("request_id", sa.String(length=64), nullable=False),
+        sa.Column("sampler_id", sa.String(length=128), nullable=False),
+        sa.Column("clone_id", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("request_id"),
+    )
     op.create_table(
         "custom_losses",
         sa.Column("loss_id", sa.String(length=128), nullable=False),
@@ -30,7 +41,7 @@ def upgrade() -> None:
         sa.Column("custom_loss_seq_id", sa.BigInteger(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("inputs", sa.JSON(), nullable=False),
-        sa.Column("nodes", sa.JSON(), nullable=False),
+        sa.Column("nodes", sa.Text(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.tenant_id"]),
         sa.ForeignKeyConstraint(["session_id"], ["sessions.session_id"]),

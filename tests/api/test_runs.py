@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinker.types import CheckpointsListResponse, TrainingRun, TrainingRunsResponse, WeightsInfoResponse
 
-from tests.api.calls import BASE_MODEL, post, result
+from tests.api.calls import BASE_MODEL, SHARED_PROJECT, post, result
 from tests.api.conftest import Served
 
 
@@ -44,13 +44,44 @@ def test_lists_come_in_pages(server: Served, run_id: str) -> None:
     page = server.alice.get("/api/v1/training_runs", params={"limit": 1, "access_scope": "owned"}).json()
     assert [run.training_run_id for run in TrainingRunsResponse.model_validate(page).training_runs] == [run_id]
     assert page["cursor"] == {"offset": 0, "limit": 1, "total_count": len(everything["training_runs"])}
-    assert server.bob.get("/api/v1/training_runs").json()["training_runs"] == []
+    theirs = server.bob.get("/api/v1/training_runs", params={"limit": 1000}).json()["training_runs"]
+    assert run_id not in [run["training_run_id"] for run in theirs]
 
 
-def test_a_filter_that_has_no_meaning_here_is_refused(server: Served) -> None:
-    response = server.alice.get("/api/v1/training_runs", params={"project_id": "p"})
+def test_a_project_shows_its_members_each_others_runs_and_checkpoints(
+    server: Served, run_id: str, session_id: str
+) -> None:
+    path = save(server, run_id, 1, "save_weights", "mine")
+    url, accessible = f"/api/v1/training_runs/{run_id}", {"access_scope": "accessible"}
+    assert server.bob.get(url, params=accessible).status_code == 404
+    assert server.bob.get(f"{url}/checkpoints").status_code == 404
+    assert post(server.bob, "weights_info", tinker_path=path).status_code == 404
+
+    moved = server.alice.put(f"/api/v1/sessions/{session_id}/project", json={"project_id": SHARED_PROJECT})
+    assert moved.status_code == 204
+    assert server.bob.get(url).status_code == 404, "it is not his own"
+    assert server.bob.get(url, params=accessible).json()["model_owner"] == "alice"
+    listed = server.bob.get("/api/v1/training_runs", params={**accessible, "project_id": SHARED_PROJECT}).json()
+    assert [run["training_run_id"] for run in listed["training_runs"]] == [run_id]
+    assert listed["cursor"]["total_count"] == 1
+    assert listed["training_runs"][0]["last_checkpoint"]["tinker_path"] == path
+    owned = server.bob.get("/api/v1/training_runs", params={"project_id": SHARED_PROJECT}).json()
+    assert (owned["training_runs"], owned["cursor"]["total_count"]) == ([], 0)
+    (checkpoint,) = server.bob.get(f"{url}/checkpoints").json()["checkpoints"]
+    assert checkpoint["tinker_path"] == path
+    assert post(server.bob, "weights_info", tinker_path=path).status_code == 200
+    assert server.bob.delete(f"{url}/checkpoints/weights/mine").status_code == 404
+
+    server.alice.put(f"/api/v1/sessions/{session_id}/project", json={"project_id": "default"})
+    assert server.bob.get(f"{url}/checkpoints").status_code == 404
+    default = server.alice.get("/api/v1/training_runs", params={"project_id": "default", "limit": 1}).json()
+    assert default["training_runs"][0]["training_run_id"] == run_id
+
+
+def test_a_scope_that_does_not_exist_is_named(server: Served) -> None:
+    response = server.alice.get("/api/v1/training_runs", params={"access_scope": "all"})
     assert response.status_code == 400
-    assert response.json()["detail"].startswith("project_id: got 'p'; is not supported")
+    assert response.json()["detail"] == "access_scope: got 'all'; must be 'owned' or 'accessible'"
 
 
 def test_a_deleted_checkpoint_is_gone_for_its_owner_and_never_for_another(server: Served, run_id: str) -> None:
@@ -62,7 +93,8 @@ def test_a_deleted_checkpoint_is_gone_for_its_owner_and_never_for_another(server
     assert (info.base_model, info.lora_rank, info.train_mlp) == (BASE_MODEL, 4, True)
     mine = server.alice.get("/api/v1/checkpoints").json()
     assert path in {checkpoint["tinker_path"] for checkpoint in mine["checkpoints"]}
-    assert server.bob.get("/api/v1/checkpoints").json()["checkpoints"] == []
+    theirs = server.bob.get("/api/v1/checkpoints").json()
+    assert path not in {checkpoint["tinker_path"] for checkpoint in theirs["checkpoints"]}
     assert server.alice.delete(url).status_code == 204
     assert post(server.alice, "weights_info", tinker_path=path).status_code == 404
     assert server.alice.delete(url).status_code == 404

@@ -1,0 +1,124 @@
+"""What is counted, when it is written, and what may be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tuft.errors import InvalidInput
+from tuft.records import Checkpoint, CheckpointPath, Run, Session, Tenant, UsageRow, now
+from tuft.service.projects import Projects
+from tuft.service.traces import Span
+from tuft.service.usage import Usage
+from tuft.store.catalog import Catalog
+from tuft.store.checkpoints import CheckpointCatalog
+from tuft.store.db import Database, open_database, sqlite_url
+from tuft.store.sessions import SessionCatalog
+from tuft.store.usage import UsageTable
+from tuft.types import LoraSpec
+
+ALICE, BOB = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob")
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = open_database(sqlite_url(tmp_path))
+    for tenant in (ALICE, BOB):
+        Catalog(opened).ensure_tenant(tenant)
+    session = Session("s", ALICE.tenant_id, now(), (), {"k": "v"}, "0", None, project_id="p")
+    SessionCatalog(opened).add(session)
+    moment = now()
+    run = Run("s:train:0", ALICE.tenant_id, "s", 0, "m", LoraSpec(), "live", moment, moment, {})
+    Catalog(opened).add_run(run)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def usage(database: Database) -> Usage:
+    return Usage(UsageTable(database), Projects(()), retention_days=400)
+
+
+def span(session_id: str = "s", model: str = "m") -> Span:
+    return Span(ALICE.tenant_id, session_id, model, "run", "forward", {})
+
+
+def this_hour() -> datetime:
+    return now().replace(minute=0, second=0, microsecond=0)
+
+
+async def rows(usage: Usage, tenant: Tenant = ALICE) -> list[UsageRow]:
+    return await usage.between(tenant, this_hour() - HOUR, this_hour() + HOUR)
+
+
+async def test_counts_add_up_in_memory_and_in_the_table(usage: Usage) -> None:
+    usage.add(span(), "training", 5)
+    usage.add(span(), "training", 6)
+    usage.add(span(), "prefill_cached", 0)
+    (row,) = await rows(usage)
+    assert (row.kind, row.quantity, row.session_id, row.base_model) == ("training", 11, "s", "m")
+    assert (row.project_id, row.user_metadata) == ("p", {"k": "v"})
+    usage.add(span(), "training", 1)
+    usage.flush()
+    assert [row.quantity for row in await rows(usage)] == [12]
+    assert await rows(usage, BOB) == []
+
+
+async def test_rows_come_by_hour_and_then_by_tokens(usage: Usage) -> None:
+    usage.add(span(), "checkpoint", 99)
+    for model, quantity in (("a", 1), ("b", 3), ("c", 2)):
+        usage.add(span(model=model), "sample", quantity)
+    assert [row.base_model for row in await rows(usage)] == ["b", "c", "a", "m"]
+
+
+async def test_what_is_stored_is_counted_by_the_time_it_is(usage: Usage, database: Database) -> None:
+    for name, expires_at in (("a", None), ("b", now() - HOUR)):
+        path = CheckpointPath("s:train:0", "training", name)
+        CheckpointCatalog(database).put(
+            Checkpoint(path, ALICE.tenant_id, "m", LoraSpec(), name, 1000, True, now(), expires_at, {})
+        )
+    for _ in range(2):
+        usage.measure_storage(elapsed_s=30.0)
+    (row,) = await rows(usage)
+    assert (row.kind, row.quantity, row.session_id, row.project_id) == ("storage", 60_000, None, None)
+    (stored,) = usage.storage(ALICE, None)
+    assert (stored.project_id, stored.owner, stored.num_checkpoints, stored.num_bytes) == ("p", ALICE, 1, 1000)
+    assert usage.storage(ALICE, "p") == [stored]
+    assert usage.storage(ALICE, "default") == usage.storage(BOB, None) == []
+
+
+async def test_old_rows_are_forgotten(usage: Usage, database: Database) -> None:
+    usage.add(span(), "training", 5)
+    usage.flush()
+    UsageTable(database).delete_before(this_hour())
+    assert len(await rows(usage)) == 1
+    UsageTable(database).delete_before(this_hour() + HOUR)
+    assert await rows(usage) == []
+
+
+@pytest.mark.parametrize(
+    ("since_h", "until_h", "minutes", "field"),
+    [
+        (-1, 0, 1, "starting_on"),
+        (1, 2, 0, "starting_on"),
+        (0, 0, 0, "ending_before"),
+        (0, -1, 0, "ending_before"),
+        (-14 * 24, 1, 0, "ending_before"),
+    ],
+)
+async def test_a_window_that_cannot_be_answered_is_refused(
+    usage: Usage, since_h: int, until_h: int, minutes: int, field: str
+) -> None:
+    since = this_hour() + since_h * HOUR + timedelta(minutes=minutes)
+    with pytest.raises(InvalidInput) as caught:
+        await usage.between(ALICE, since, this_hour() + until_h * HOUR)
+    assert caught.value.field == field
+
+
+async def test_fourteen_days_can_be_asked_for(usage: Usage) -> None:
+    usage.add(span(), "training", 5)
+    assert len(await usage.between(ALICE, this_hour() + HOUR - timedelta(days=14), this_hour() + HOUR)) == 1

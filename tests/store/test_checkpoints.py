@@ -1,0 +1,132 @@
+"""What a checkpoint's name means, and for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tuft.records import Checkpoint, CheckpointPath, Run, SamplerInfo, Session, Tenant, now
+from tuft.store.catalog import Catalog
+from tuft.store.checkpoints import CheckpointCatalog
+from tuft.store.db import Database, open_database, sqlite_url
+from tuft.store.sessions import SessionCatalog
+from tuft.types import LoraSpec
+
+ALICE, BOB, EVE = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob"), Tenant("tenant-e", "eve")
+SPEC = LoraSpec(rank=4, seed=2**40, train_unembed=False)
+RUN = "s1:train:0"
+SHARED = {"p": frozenset({"alice", "bob"})}
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """One run of alice's, in her session of project p; and one of eve's, who uses the same label for herself."""
+    database = open_database(sqlite_url(tmp_path))
+    catalog, sessions, moment = Catalog(database), SessionCatalog(database), now()
+    for tenant, session_id in ((ALICE, "s1"), (EVE, "s2"), (BOB, "s3")):
+        catalog.ensure_tenant(tenant)
+        sessions.add(Session(session_id, tenant.tenant_id, moment, (), {}, "0.38.0", None, project_id="p"))
+        run_id = f"{session_id}:train:0"
+        catalog.add_run(
+            Run(run_id, tenant.tenant_id, session_id, 0, "m", SPEC, "live", moment, moment, {}, optimizer="dimuon")
+        )
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def checkpoints(database: Database) -> CheckpointCatalog:
+    return CheckpointCatalog(database)
+
+
+def checkpoint(name: str = "c", directory: str = "d1", run_id: str = RUN, tenant: Tenant = ALICE) -> Checkpoint:
+    path = CheckpointPath(run_id, "training", name)
+    return Checkpoint(path, tenant.tenant_id, "m", SPEC, directory, 10, True, now(), None, {"k": "v"}, "dimuon")
+
+
+def test_what_was_written_is_read_back_equal(checkpoints: CheckpointCatalog) -> None:
+    written = checkpoint()
+    checkpoints.put(written)
+    assert checkpoints.owned(ALICE, written.path) == written
+    assert checkpoints.owned(BOB, written.path) is None
+    assert checkpoints.get(written.path) == written
+
+
+def test_who_may_read_it(checkpoints: CheckpointCatalog) -> None:
+    path = checkpoint().path
+    checkpoints.put(checkpoint())
+    checkpoints.put(hers := checkpoint(run_id="s2:train:0", tenant=EVE))
+    assert checkpoints.within_reach(ALICE, {}, path) is not None
+    assert checkpoints.within_reach(BOB, {}, path) is None
+    assert checkpoints.within_reach(BOB, SHARED, path) is not None
+    assert checkpoints.within_reach(BOB, SHARED, hers.path) is None, "eve is no member"
+    checkpoints.set_public(path, True)
+    assert checkpoints.within_reach(EVE, {}, path) is not None
+    checkpoints.set_public(path, False)
+    assert checkpoints.within_reach(EVE, {}, path) is None
+
+
+def test_saving_a_name_again_moves_it_in_one_step_and_takes_it_back_from_the_public(
+    checkpoints: CheckpointCatalog,
+) -> None:
+    assert checkpoints.put(checkpoint(directory="d1")) is None
+    checkpoints.set_public(checkpoint().path, True)
+    assert checkpoints.put(checkpoint(directory="d2")) == "d1"
+    found = checkpoints.get(checkpoint().path)
+    assert found is not None
+    assert (found.directory, found.public) == ("d2", False)
+    assert (checkpoints.is_named("d1"), checkpoints.is_named("d2")) == (False, True)
+
+
+def test_a_sampler_keeps_its_directory_until_it_is_forgotten(
+    checkpoints: CheckpointCatalog, database: Database
+) -> None:
+    catalog = Catalog(database)
+    checkpoints.put(checkpoint())
+    catalog.add_sampler(SamplerInfo("s3:sample:0", BOB.tenant_id, "s3", 0, "m", str(checkpoint().path), "d1", now()))
+    assert catalog.delete_ephemeral_samplers("s3") == []
+    checkpoints.delete(checkpoint().path)
+    assert checkpoints.is_named("d1")
+    assert catalog.ephemeral_sessions() == {"s3"}
+    assert catalog.delete_ephemeral_samplers("s3") == ["d1"]
+    assert not checkpoints.is_named("d1")
+
+
+def test_an_expired_checkpoint_is_not_found_even_before_it_is_deleted(checkpoints: CheckpointCatalog) -> None:
+    past, soon = now() - timedelta(seconds=1), now() + timedelta(hours=5)
+    checkpoints.put(old := replace(checkpoint("old"), expires_at=past, public=True))
+    checkpoints.put(young := replace(checkpoint("young"), expires_at=soon))
+    checkpoints.put(checkpoint("eternal"))
+    assert checkpoints.get(old.path) is checkpoints.within_reach(BOB, {}, old.path) is None
+    assert {found.path.name for found in checkpoints.page(ALICE.tenant_id, 10, 0)[0]} == {"young", "eternal"}
+    assert checkpoints.expiring(ALICE, now() + timedelta(hours=24), limit=5) == ([young], 1)
+    assert checkpoints.expiring(BOB, now() + timedelta(hours=24), limit=5) == ([], 0)
+    checkpoints.set_expiry(young.path, None)
+    assert checkpoints.expiring(ALICE, now() + timedelta(hours=24), limit=5) == ([], 0)
+    assert [found.path.name for found in checkpoints.delete_expired()] == ["old"]
+    assert checkpoints.delete_expired() == []
+
+
+def test_pages_come_newest_first_with_the_total(checkpoints: CheckpointCatalog) -> None:
+    moment = now()
+    for index in range(5):
+        checkpoints.put(replace(checkpoint(f"c{index}"), created_at=moment + timedelta(seconds=index)))
+    checkpoints.put(checkpoint(run_id="s2:train:0", tenant=EVE))
+    page, total = checkpoints.page(ALICE.tenant_id, limit=2, offset=1)
+    assert ([found.path.name for found in page], total) == (["c3", "c2"], 5)
+    assert checkpoints.page(EVE.tenant_id, 10, 0, run_id=RUN) == ([], 0)
+
+
+def test_the_newest_of_each_kind_and_run_is_found_at_once(checkpoints: CheckpointCatalog) -> None:
+    moment = now()
+    sampler = replace(checkpoint(), path=CheckpointPath(RUN, "sampler", "x"), created_at=moment)
+    for found in (replace(checkpoint("a"), created_at=moment), sampler):
+        checkpoints.put(found)
+    checkpoints.put(replace(checkpoint("b"), created_at=moment + timedelta(seconds=1)))
+    checkpoints.put(checkpoint(run_id="s2:train:0", tenant=EVE))
+    newest = checkpoints.newest([RUN, "s3:train:0"])
+    assert {key: found.path.name for key, found in newest.items()} == {(RUN, "training"): "b", (RUN, "sampler"): "x"}

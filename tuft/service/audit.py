@@ -1,0 +1,57 @@
+"""The audit log: who saved, read, shared or deleted what, as each tenant may see it of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+
+from tuft.records import AuditEntry, Tenant, now
+from tuft.store.audit import AuditLog
+
+RESOURCES: Mapping[str, tuple[str, ...] | None] = {
+    "all": None,
+    "checkpoints": ("checkpoint",),
+    "projects": ("project",),
+    "teams": ("team",),  # there are none
+    "organizations": ("key",),  # a tenant's keys are what an organization's roles are elsewhere
+}
+"""What the API may ask for, and the first words of the events that are about it."""
+_MAX_ENTRIES = 20_000  # of one answer
+_SWEEP_INTERVAL_S = 3600.0
+
+
+class Audit:
+    """Entries are written at once: a row each, for whoever did it and for whose thing it was."""
+
+    def __init__(self, log: AuditLog, retention_days: float) -> None:
+        self._log = log
+        self._retention = timedelta(days=retention_days)
+        self._next_sweep_s = 0.0
+
+    def note(self, actor: Tenant, event: str, owner_id: str | None = None, **details: str | int | None) -> None:
+        """``event`` reads ``<resource>_<action>``; ``owner_id`` is the tenant whose thing it was, if not the actor."""
+        concerned = {actor.tenant_id, owner_id or actor.tenant_id}
+        self._log.add(concerned, now(), event, {"actor": actor.urn, **details})
+
+    async def of_day(self, tenant: Tenant, event_type: str, day: date) -> list[AuditEntry]:
+        """The tenant's entries of a day (UTC), oldest first. Of a day with too many the newest, behind an entry that
+        says how many are left out."""
+        if day > now().date():
+            return []
+        since = datetime.combine(day, time_of_day(), UTC)
+        resources = RESOURCES[event_type]
+        entries, total = await asyncio.to_thread(
+            self._log.newest, tenant.tenant_id, resources, since, since + timedelta(days=1), _MAX_ENTRIES
+        )
+        if total > len(entries):
+            entries.insert(0, AuditEntry(entries[0].at, "audit_omitted", {"num_entries": total - len(entries)}))
+        return entries
+
+    def sweep(self) -> None:
+        """Now and then: forget what is older than the retention."""
+        if time.monotonic() >= self._next_sweep_s:
+            self._next_sweep_s = time.monotonic() + _SWEEP_INTERVAL_S
+            self._log.delete_before(now() - self._retention)

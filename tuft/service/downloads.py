@@ -1,0 +1,71 @@
+"""Checkpoints' files for whoever holds a link to one: no key is needed, and an hour later it is worth nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuft.errors import InvalidInput, NotFound
+from tuft.records import Checkpoint, CheckpointPath, Tenant
+from tuft.service.checkpoints import Checkpoints
+from tuft.service.signing import Signer
+from tuft.store.archive import Archive
+from tuft.store.weights import COMPLETE
+
+LINK_LIFETIME_S = 3600
+ARCHIVE = "archive.tar"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """``file`` is one of the checkpoint's, or ``archive.tar`` for all of them; ``expires_at_s`` is Unix time."""
+
+    path: CheckpointPath
+    file: str
+    expires_at_s: int
+    signature: str
+
+
+class Downloads:
+    """A link is to a file as it is when the link is made: if the name changes its meaning, the link has none."""
+
+    def __init__(self, checkpoints: Checkpoints, signer: Signer) -> None:
+        self._checkpoints = checkpoints
+        self._signer = signer
+
+    async def links(self, tenant: Tenant, tinker_path: str) -> list[Link]:
+        """One for each file of an external checkpoint. Raises InvalidInput for another kind, or NotFound."""
+        checkpoint = self._checkpoints.get(tenant, tinker_path)
+        if checkpoint.path.kind != "external":
+            raise InvalidInput("path", tinker_path, "must be external weights; save_weights_external() makes them")
+        self._checkpoints.note_read(tenant, checkpoint, "download")
+        return [self._link(checkpoint, file) for file in await self._checkpoints.files(checkpoint)]
+
+    def archive(self, tenant: Tenant, tinker_path: str) -> Link:
+        """To a tar of a checkpoint of any kind, without its optimizer."""
+        checkpoint = self._checkpoints.get(tenant, tinker_path)
+        self._checkpoints.note_read(tenant, checkpoint, "download")
+        return self._link(checkpoint, ARCHIVE)
+
+    async def follow(self, link: Link) -> Path | Archive:
+        """What is at its end. Raises NotFound for a link that is forged, has expired, or leads nowhere any more."""
+        checkpoint = self._checkpoints.at(link.path)
+        if checkpoint is None or not self._signer.verifies(
+            link.signature, *_signed(checkpoint, link.file), expires_at_s=link.expires_at_s
+        ):
+            raise NotFound("this link is not one of this server's, or is no longer good; ask for a new one")
+        files = await self._checkpoints.files(checkpoint)
+        if link.file == ARCHIVE:
+            return await asyncio.to_thread(Archive.of, {**files, COMPLETE: files.get(COMPLETE)})
+        return files[link.file]
+
+    def _link(self, checkpoint: Checkpoint, file: str) -> Link:
+        expires_at_s = int(time.time()) + LINK_LIFETIME_S
+        signature = self._signer.sign(*_signed(checkpoint, file), expires_at_s=expires_at_s)
+        return Link(checkpoint.path, file, expires_at_s, signature)
+
+
+def _signed(checkpoint: Checkpoint, file: str) -> tuple[str, ...]:
+    return str(checkpoint.path), file, checkpoint.directory
