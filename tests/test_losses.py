@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tuft.errors import InvalidInput
-from tuft.losses import check_loss
+from tuft.losses import LOSS_INPUTS, LOSS_SIGNATURES, check_loss
 from tuft.types import BaseModelInfo, Datum
 
+PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
 MODEL = BaseModelInfo("tiny", (), "LlamaForCausalLM", 100, 16, 1000, "float32", (2,), "/tmp", {})
 
 
@@ -144,3 +146,13 @@ def test_no_data_is_refused() -> None:
 def test_inputs_that_only_another_loss_reads_may_ride_along() -> None:
     check_loss([datum([1], target_tokens=[2], advantages=[1], logprobs=[-1])], "cross_entropy", {}, MODEL)
     check_loss([changed(POLICY, weights=[[1, 2], [3, float("nan")]])], "ppo", {}, MODEL)
+
+
+def test_the_page_of_losses_lists_each_with_its_inputs_and_defaults() -> None:
+    rows = {line.split("`")[1]: line for line in PAGE.read_text().splitlines() if line.startswith("| `")}
+    assert rows.keys() == {"loss_fn", "custom", *LOSS_SIGNATURES}
+    for loss_fn, signature in LOSS_SIGNATURES.items():
+        for name, default in signature.config.items():
+            assert f"`{name}` {default}" in rows[loss_fn]
+        for name in {*signature.inputs, *signature.optional} & LOSS_INPUTS:
+            assert f"`{name}`" in rows[loss_fn] or loss_fn == "stable_reinforce"

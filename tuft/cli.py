@@ -136,7 +136,8 @@ def _toml(value: object) -> str:
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, tuple):
-        value = [getattr(item, "name", None) or getattr(item, "tenant", item) for item in value]
+        names = ("name", "tenant", "project_id")
+        value = [next((getattr(item, name) for name in names if hasattr(item, name)), item) for item in value]
     return _escaped(json.dumps(value, default=str))
 
 

@@ -1,162 +1,83 @@
-"""Whatever JSON a client sends, the server neither stumbles (5xx) nor loses its run."""
+"""Whatever a client sends, the server neither stumbles (5xx) nor loses its run, nor keeps what it was sent.
+
+``TUFT_FUZZ=10000 pytest tests/api/test_fuzz.py -s`` (``make fuzz``) sends so many requests to a server of its own.
+"""
 
 from __future__ import annotations
 
-import copy
+import os
+import random
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from schemathesis.generation import GenerationMode
 
-from tests.api.calls import BASE_MODEL, TOKENS, cross_entropy, post, result
+from tests.api.calls import BASE_MODEL, LIMIT_BYTES, TOKENS, cross_entropy, post, result
 from tests.api.conftest import Served
+from tests.api.fuzzing import EXTREMES, REQUESTS, VALUES, Attacker, places, value_at
+from tests.conftest import TINY_MODEL, Launch, tiny_config
 
-SAMPLE = {
-    "sampling_session_id": "SAMPLER",
-    "seq_id": 0,
-    "prompt": {"chunks": [{"tokens": TOKENS}]},
-    "sampling_params": {"max_tokens": 1, "seed": 1, "stop": ["x"], "temperature": 1.0, "top_k": -1, "top_p": 1.0},
-    "num_samples": 1,
-    "prompt_logprobs": True,
-    "topk_prompt_logprobs": 0,
-    "topk_sample_logprobs": 1,
-    "target_prompt_logprobs": {"data": [1] * 4, "dtype": "int64", "shape": [4, 1], "sparse_crow_indices": None},
-    "prompt_alt_tokens_k": 1,
-    "prompt_logprobs_last_n": 2,
-    "record_stability_info": False,
-}
-CREATE = {
-    "session_id": "SESSION",
-    "model_seq_id": 1_000_000,
-    "base_model": BASE_MODEL,
-    "lora_config": {"rank": 1, "seed": 1, "train_mlp": True},
-    "user_metadata": {"a": "b"},
-}
-OPERATION = {"model_id": "RUN", "seq_id": 1}
-REQUESTS: dict[str, dict[str, Any]] = {
-    "create_session": {"tags": ["a"], "user_metadata": {}, "sdk_version": "1", "display_name": "d", "project_id": "p"},
-    "sessions/search": {
-        "session_id": "SESSION",
-        "project_ids": ["p"],
-        "user_metadata": {"a": "b"},
-        "display_name": "d",
-        "owner": {"type": "user", "owner_urns": ["urn:tuft:tenant:alice"]},
-        "statuses": [{"type": "client_finished", "reasons": ["success"]}],
-        "limit": 50,
-        "cursor": {"last_created_at": "2026-01-01T00:00:00Z", "last_session_id": "SESSION"},
-    },
-    "session_heartbeat": {"session_id": "SESSION"},
-    "sessions/SESSION/finish": {"reason": {"type": "x"}, "detail": "d"},
-    "create_model": CREATE,
-    "get_info": {"model_id": "RUN"},
-    "forward": {**OPERATION, "forward_input": cross_entropy(TOKENS, loss_fn_config={"a": 1})},
-    "optim_step": {**OPERATION, "adam_params": {"learning_rate": 0.1, "beta1": 0.5}},
-    "save_weights": {**OPERATION, "path": "p", "ttl_seconds": 3600, "user_metadata": {"a": "b"}},
-    "save_weights_for_sampler": {**OPERATION, "sampling_session_seq_id": 7, "path": None, "ttl_seconds": None},
-    "save_weights_external": {**OPERATION, "path": "p", "ttl_seconds": 3600, "age_encryption_recipients": ["age1"]},
-    "copy_weights": {
-        "source_path": "tinker://a/weights/b",
-        "session_id": "SESSION",
-        "model_seq_id": 5,
-        "destination_project_id": None,
-        "ttl_seconds": 3600,
-        "weights_access_token": "tml-x",
-    },
-    "load_weights": {**OPERATION, "path": "tinker://a/weights/b", "optimizer": True},
-    "create_sampling_session": {"session_id": "SESSION", "sampling_session_seq_id": 3, "base_model": BASE_MODEL},
-    "asample": SAMPLE,
-    "retrieve_future": {"request_id": "future-1"},
-    "weights_info": {"tinker_path": "tinker://a/weights/b"},
-}
-
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.sampled_from([0, -1, 2**31, 2**63, 2**64, -(2**70), 1e300, 0.5])
-    | st.text(max_size=4)
-    | st.sampled_from(["\x00", "é" * 3, "../..", "tinker://", "SESSION"])
-)
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+NUM_REQUESTS = int(os.environ.get("TUFT_FUZZ", 300))
+WARM_UP = 500
+MAX_GROWTH_BYTES = 50 * 2**20
+REQUESTS_OF_A_CLIENT = 250
+quietly = settings(
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
-    return [path, *(place for key in keys for place in places(value[key], (*path, key)))]
+@pytest.fixture(scope="module")
+def attacker(server: Served) -> Iterator[Attacker]:
+    """Alice."""
+    attacker = Attacker(server.alice, BASE_MODEL, LIMIT_BYTES)
+    attacker.begin()
+    yield attacker
+    attacker.end()
 
 
-def value_at(value: Any, path: tuple[Any, ...]) -> Any:
-    return value_at(value[path[0]], path[1:]) if path else value
-
-
-def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    if not path:
-        return new
-    changed = copy.copy(value)
-    changed[path[0]] = replaced(value[path[0]], path[1:], new)
-    return changed
-
-
-def filled(value: Any, names: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: filled(item, names) for key, item in value.items()}
-    if isinstance(value, list):
-        return [filled(item, names) for item in value]
-    return names.get(value, value) if isinstance(value, str) else value
-
-
-class Caller:
-    """Alice, who sends each operation under her run's next seq, as the SDK does."""
-
-    def __init__(self, server: Served, **names: str) -> None:
-        self.server = server
-        self.names = names
-        self.next_seq = {names["RUN"]: 1, names["SAMPLER"]: 0}
-
-    def send(self, route: str, place: tuple[Any, ...], value: Any) -> None:
-        """Send ``route``'s request with ``value`` at ``place``; an outcome comes and is never the server's fault."""
-        counter = self.names["SAMPLER" if route == "asample" else "RUN"]
-        request = {**REQUESTS[route], "seq_id": self.next_seq[counter]}
-        if "sampling_session_seq_id" in request:
-            request["sampling_session_seq_id"] = 1000 + self.next_seq[counter]
-        body = filled(replaced(request, place, value), self.names)
-        response = self.server.alice.post(f"/api/v1/{route.replace('SESSION', self.names['SESSION'])}", json=body)
-        assert response.status_code < 500, f"{value}: {response.text}"
-        if response.status_code >= 400:
-            assert response.json().get("detail") or response.status_code == 408
-        elif "request_id" in response.json() and place[:1] != ("seq_id",):
-            outcome = result(self.server.alice, response)
-            assert outcome.get("category") != "server", f"{value}: {outcome}"
-            self.next_seq[counter] += route != "create_model"
-
-
-@pytest.fixture
-def caller(server: Served, session_id: str, run_id: str, sampler_id: str) -> Caller:
-    return Caller(server, SESSION=session_id, RUN=run_id, SAMPLER=sampler_id)
-
-
-@pytest.mark.parametrize("route", sorted(REQUESTS))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("label", sorted(REQUESTS))
+@settings(quietly, max_examples=8)
 @given(data=st.data())
-def test_no_json_makes_the_server_stumble(caller: Caller, route: str, data: st.DataObject) -> None:
-    caller.send(route, data.draw(st.sampled_from(places(REQUESTS[route]))), data.draw(VALUES))
+def test_no_json_makes_the_server_stumble(attacker: Attacker, label: str, data: DataObject) -> None:
+    attacker.json(label, data.draw(st.sampled_from(places(REQUESTS[label]))), data.draw(VALUES))
+    assert not attacker.faults
 
 
 NUMBERS = [
-    (route, place)
-    for route, request in sorted(REQUESTS.items())
+    (label, place)
+    for label, request in sorted(REQUESTS.items())
     for place in places(request)
-    if type(value_at(request, place)) in (int, float)
+    if type(value_at(request, place)) in (int, float) and place[-1] not in (1, 2, 3, 4)
 ]
-EXTREMES = [0, -1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**70), 1e308, 1e-30, 1e-320]
 
 
-@pytest.mark.parametrize(("route", "place"), NUMBERS, ids=str)
-def test_no_number_is_too_large_or_too_small(caller: Caller, route: str, place: tuple[Any, ...]) -> None:
-    for extreme in EXTREMES:
-        caller.send(route, place, extreme)
+def test_no_number_is_too_large_or_too_small(attacker: Attacker) -> None:
+    extremes = cycle(EXTREMES)  # three at each place: as many as there is time for
+    for label, place in NUMBERS:
+        for extreme in islice(extremes, 3):
+            attacker.json(label, place, extreme)
+    assert not attacker.faults
+
+
+@settings(quietly, max_examples=150)
+@given(rng=st.randoms(use_true_random=True), mangle=st.booleans(), compress=st.booleans())
+def test_no_protobuf_makes_the_server_stumble(
+    attacker: Attacker, rng: random.Random, mangle: bool, compress: bool
+) -> None:
+    attacker.proto(rng, mangle=mangle, compress=compress)
+    assert not attacker.faults
 
 
 def test_a_run_survives_what_was_refused(server: Served, run_id: str) -> None:
@@ -164,3 +85,127 @@ def test_a_run_survives_what_was_refused(server: Served, run_id: str) -> None:
         post(server.alice, "optim_step", model_id=run_id, seq_id=seq_id, adam_params={"beta1": [seq_id]})
     done = post(server.alice, "forward", model_id=run_id, seq_id=3, forward_input=cross_entropy(TOKENS))
     assert "metrics" in result(server.alice, done)
+
+
+def test_many_mutated_requests_neither_hurt_the_server_nor_stay_in_its_memory(launch: Launch, tiny_model: Path) -> None:
+    limits = f"[server]\nlong_poll_s = 0.2\n[limits]\nmax_request_bytes = {LIMIT_BYTES}\n"
+    live = launch(config=tiny_config(tiny_model, limits), env={"TUFT_ENGINE__NUM_THREADS": "1"})
+    with httpx.Client(base_url=live.url, headers={"X-API-Key": live.key}, timeout=60) as client:
+        attacker = Attacker(client, TINY_MODEL, LIMIT_BYTES)
+        sizes: list[dict[str, int]] = []
+        num_sent = 0
+
+        @settings(quietly, max_examples=NUM_REQUESTS + WARM_UP if "TUFT_FUZZ" in os.environ else NUM_REQUESTS)
+        @given(data=st.data())
+        def attack(data: DataObject) -> None:
+            nonlocal num_sent
+            if num_sent % REQUESTS_OF_A_CLIENT == 0:
+                if num_sent:
+                    attacker.end()
+                attacker.begin()
+            if num_sent == min(WARM_UP, NUM_REQUESTS // 2):
+                sizes.append(resident_bytes(live.process.pid))
+            one_of_any_kind(attacker, described, data)
+            num_sent += 1
+
+        described = operations(live.url)
+        attack()
+        sizes.append(resident_bytes(live.process.pid))
+    for answer, times in sorted(attacker.statuses.items()):
+        print(f"{times:7} {answer}")
+    print(*sizes, sep="\n")
+    assert not attacker.faults, "\n".join(attacker.faults[:20])
+    assert sum(sizes[1].values()) - sum(sizes[0].values()) < MAX_GROWTH_BYTES
+
+
+def one_of_any_kind(attacker: Attacker, described: st.SearchStrategy[Any], data: DataObject) -> None:
+    kind = data.draw(st.sampled_from(["json", "json", "json", "proto", "zstd", "described", "described"]))
+    if kind == "json":
+        label = data.draw(st.sampled_from(sorted(REQUESTS)))
+        attacker.json(label, data.draw(st.sampled_from(places(REQUESTS[label]))), data.draw(VALUES))
+    elif kind == "described":
+        send_described(attacker, data.draw(described), data.draw(st.booleans()))
+    else:
+        rng = random.Random(data.draw(st.integers(0, 2**64)))
+        attacker.proto(rng, mangle=data.draw(st.booleans()), compress=kind == "zstd")
+
+
+# --- what the OpenAPI document says -----------------------------------------------------------------------------------
+
+NAMED = {
+    "session_id": "SESSION",
+    "model_id": "RUN",
+    "run_id": "RUN",
+    "sampling_session_id": "SAMPLER",
+    "sampler_id": "SAMPLER",
+    "base_model": "MODEL",
+    "path": "CHECKPOINT",
+    "tinker_path": "CHECKPOINT",
+    "source_path": "CHECKPOINT",
+    "request_id": "FUTURE",
+}
+
+
+def operations(url: str) -> st.SearchStrategy[Any]:
+    """Cases of all operations of the document, most of them as it allows, some not."""
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    strategies = [
+        operation.ok().as_strategy(generation_mode=mode)
+        for operation in schema.get_all_operations()
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+        if operation.ok().method.upper() != "DELETE" or "apikey" not in operation.ok().path
+    ]
+    return st.one_of(strategies)
+
+
+def send_described(attacker: Attacker, case: Any, is_named: bool) -> None:
+    """``is_named``: with ids of things that exist."""
+    seq_of = None
+    if is_named:
+        for part in (case.body, case.path_parameters):
+            if isinstance(part, dict):
+                part.update({key: attacker.names[name] for key, name in NAMED.items() if key in part})
+                if "seq_id" in part and "model_id" in part:
+                    seq_of = attacker.names["RUN"]
+                    part["seq_id"] = attacker.next_seq[seq_of]
+    request = requests.Request(**case.as_transport_kwargs(base_url="http://server")).prepare()
+    content = request.body or b""
+    attacker.send(
+        str(request.method),
+        str(request.path_url),
+        content.encode() if isinstance(content, str) else content,
+        {"Content-Type": request.headers.get("Content-Type", "application/json")},
+        seq_of=seq_of,
+        wait=seq_of is not None,
+    )
+
+
+@pytest.fixture(scope="module")
+def described(server: Served) -> st.SearchStrategy[Any]:
+    return operations(server.url)
+
+
+def test_nothing_that_the_document_describes_makes_the_server_stumble(
+    attacker: Attacker, described: st.SearchStrategy[Any]
+) -> None:
+    @settings(quietly, max_examples=150)
+    @given(case=described, is_named=st.booleans())
+    def attack(case: Any, is_named: bool) -> None:
+        send_described(attacker, case, is_named)
+        assert not attacker.faults
+
+    attack()
+
+
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Of the server's process and its children, by process id and name."""
+    sizes = {}
+    for process in (pid, *children(pid)):
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        sizes[f"{process} {status['Name'].strip()}"] = int(status["VmRSS"].split()[0]) * 1024
+    return sizes
+
+
+def children(pid: int) -> list[int]:
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [deeper for child in found for deeper in children(child)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from tinker.types import CheckpointsListResponse, TrainingRun, TrainingRunsResponse, WeightsInfoResponse
 
 from tests.api.calls import BASE_MODEL, SHARED_PROJECT, post, result
@@ -13,6 +14,7 @@ def save(server: Served, run_id: str, seq_id: int, route: str, name: str, **fiel
     return str(result(server.alice, submitted)["path"])
 
 
+@pytest.mark.calls("GET /api/v1/models/{}/checkpoints")
 def test_a_run_shows_its_newest_checkpoints(server: Served, run_id: str) -> None:
     save(server, run_id, 1, "save_weights", "old", ttl_seconds=3600)
     newest = save(server, run_id, 2, "save_weights", "new", user_metadata={"epoch": "1"})
@@ -28,6 +30,7 @@ def test_a_run_shows_its_newest_checkpoints(server: Served, run_id: str) -> None
     assert run.last_sampler_checkpoint.tinker_path == sampler
 
     listed = server.alice.get(f"/api/v1/training_runs/{run_id}/checkpoints").json()
+    assert server.alice.get(f"/api/v1/models/{run_id}/checkpoints").json() == listed
     checkpoints = CheckpointsListResponse.model_validate(listed).checkpoints
     assert [checkpoint.checkpoint_id for checkpoint in checkpoints] == [
         "sampler_weights/frozen",

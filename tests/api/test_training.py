@@ -188,8 +188,9 @@ def test_a_run_that_cannot_be_is_refused_at_once(
     assert response.json()["detail"].startswith(complaint)
 
 
-def test_an_alias_is_the_same_base_model(server: Served, session_id: str) -> None:
-    created = post(server.alice, "create_model", session_id=session_id, model_seq_id=9, base_model=ALIAS)
+@pytest.mark.parametrize("name", [ALIAS, f"{BASE_MODEL}:peft:262144", f"{ALIAS}:peft:1024"])
+def test_an_alias_and_a_name_with_a_suffix_are_the_same_base_model(server: Served, session_id: str, name: str) -> None:
+    created = post(server.alice, "create_model", session_id=session_id, model_seq_id=9, base_model=name)
     run_id = result(server.alice, created)["model_id"]
     assert post(server.alice, "get_info", model_id=run_id).json()["model_name"] == BASE_MODEL
 
@@ -215,6 +216,7 @@ def test_a_run_created_from_a_checkpoint_continues_it(server: Served, session_id
         assert result(server.alice, back)["model_id"] == run_id
 
 
+@pytest.mark.calls("POST /api/v1/unload_model")
 def test_an_unloaded_run_takes_no_more_operations(server: Served, run_id: str) -> None:
     unloaded = post(server.alice, "unload_model", model_id=run_id)
     assert result(server.alice, unloaded) == {"type": "unload_model", "model_id": run_id}

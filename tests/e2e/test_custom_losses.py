@@ -70,6 +70,7 @@ def data() -> list[types.Datum]:
     return found
 
 
+@pytest.mark.calls("POST /api/v1/create_custom_loss")
 def test_one_pass_on_the_server_is_the_clients_two(client: tinker.ServiceClient, handle: LossHandle) -> None:
     """Same logprobs, loss and metrics, and the same weights after a step."""
     here, there = train_client(client), train_client(client)

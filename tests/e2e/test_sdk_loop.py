@@ -49,6 +49,15 @@ def step(training: tinker.TrainingClient, data: list[types.Datum], learning_rate
     return float(-logprobs.mean())
 
 
+@pytest.mark.calls(
+    "POST /api/v1/create_model",
+    "POST /api/v1/get_info",
+    "POST /api/v1/forward_backward",
+    "POST /api/v1/optim_step",
+    "POST /api/v1/retrieve_future",
+    "POST /api/v1/create_sampling_session",
+    "GET /api/v1/samplers/{}",
+)
 def test_training_lowers_the_loss_and_the_result_samples_what_it_learned(client: tinker.ServiceClient) -> None:
     training = train_client(client)
     losses = [step(training, [datum()]) for _ in range(40)]

@@ -29,7 +29,6 @@ BEGIN, END = "<!-- table: written by python -m tests.layout.test_protocol -->", 
 RELEASES = json.loads(Path(__file__).with_name("sdk_paths.json").read_text())
 """``"METHOD path"`` to the first release of the SDK that has it and, if it is gone, the last; read from its wheels."""
 NOT_OURS = {
-    "GET /api/v1/models/{}/checkpoints": "since 0.4.0 it is training_runs/{}/checkpoints; older SDKs have no sessions",
     "POST /api/v1/sample": "before sessions: SDKs up to 0.2.2",
 }
 """Paths of retired SDKs that nothing answers, and why."""

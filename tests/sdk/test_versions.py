@@ -47,6 +47,7 @@ def told_by(sdk: str, url: str, key: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sdk", CHOSEN)
+@pytest.mark.calls("POST /api/v1/forward")
 def test_each_sdk_does_everything_and_gets_the_newest_ones_numbers(tiny_server: LiveServer, sdk: str) -> None:
     told = told_by(sdk, tiny_server.url, tiny_server.key)
     assert told["checkpoints"] == ["sampler_weights/middle", "weights/middle"]

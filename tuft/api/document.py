@@ -90,7 +90,8 @@ def _routes(routers: Routers) -> Iterator[tuple[str, APIRoute]]:
     for prefix, router in routers:
         for route in router.routes:
             assert isinstance(route, APIRoute)
-            yield prefix, route
+            if route.include_in_schema:
+                yield prefix, route
 
 
 def _readers(dependant: Dependant) -> Iterator[Reader[Any]]:

@@ -186,11 +186,11 @@ METHODS: Mapping[str, Operator] = dict(_methods())
 FUNCTIONS: Mapping[str, Operator] = dict(_functions())
 """By the names that torch.fx gives them."""
 _KEYWORDS = """
-    alpha base beta chunks condition copy correction delta descending device diagonal dim dim0 dim1 dims dtype end end_dim
-    eps exponent fill_value full index input input1 input2 keepdim keepdims largest layout log_input log_target
-    margin mask max max_val memory_format min min_val mode n nan neginf negative_slope non_blocking offset ord other
-    p pad posinf pos_weight reduction repeats rounding_mode shifts size sorted split_size src stable start start_dim step steps
-    tensor1 tensor2 tensors threshold target unbiased value var weight x1 x2"""
+    alpha base beta chunks condition copy correction delta descending device diagonal dim dim0 dim1 dims dtype end
+    end_dim eps exponent fill_value full index input input1 input2 keepdim keepdims largest layout log_input
+    log_target margin mask max max_val memory_format min min_val mode n nan neginf negative_slope non_blocking offset
+    ord other p pad posinf pos_weight reduction repeats rounding_mode shifts size sorted split_size src stable start
+    start_dim step steps tensor1 tensor2 tensors threshold target unbiased value var weight x1 x2"""
 KEYWORDS = frozenset(_KEYWORDS.split())
 """Keywords that may be given, beside those of ``NEUTRAL``."""
 TEXTS = frozenset({"none", "mean", "sum", "batchmean", "trunc", "floor", "constant", "cpu"})

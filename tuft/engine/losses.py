@@ -35,7 +35,7 @@ Metrics = Mapping[str, Tensor]
 @dataclass(frozen=True, slots=True)
 class LossRecord:
     """``logprobs_M``: our log-probability of each target token. ``inputs``: float32 ``[M]`` each, as the loss's
-    signature names them."""
+    signature names them; a client's own loss has declared its own."""
 
     logprobs_M: Tensor
     inputs: Mapping[str, Tensor]
