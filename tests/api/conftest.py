@@ -79,7 +79,9 @@ def serving(
     """The application, with ``around`` it what a test wants to see of its traffic."""
     database = open_store(config)
     services = Services(config, database, engine)
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else each answer takes 40 ms more
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     app = around(create_app(services))
     http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     started = threading.Event()

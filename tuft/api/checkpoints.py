@@ -37,7 +37,7 @@ class CopyWeights(Fields):
 
 
 @router.get(OF_RUN)
-@router.get("/models/{run_id}/checkpoints", include_in_schema=False)  # SDKs up to 0.3
+@router.get("/models/{run_id}/checkpoints")  # SDKs up to 0.3
 async def list_run_checkpoints(
     run_id: str, tenant: Caller, services: Served, limit: Limit = 10_000, offset: Offset = 0
 ) -> dict[str, Any]:
