@@ -79,7 +79,7 @@ def serving(
     """The application, with ``around`` it what a test wants to see of its traffic."""
     database = open_store(config)
     services = Services(config, database, engine)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else each answer takes 40 ms more
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else answers take 40 ms
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     app = around(create_app(services))

@@ -3,11 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jwt
 import pytest
 
 from tuft.config import Config
 from tuft.errors import Forbidden, InvalidInput, InvalidToken, Unauthorized
-from tuft.service.jwt import decode
 from tuft.service.services import open_tenants
 from tuft.service.tenants import Tenants
 from tuft.store.db import Database, open_database, sqlite_url
@@ -103,7 +103,7 @@ def test_a_token_holds_over_a_restart_and_says_who_holds_it(tenants: Tenants, ag
     key = tenants.create_key("alice")
     token = tenants.token(tenants.key(key))
     assert again().key(token) == tenants.key(key)
-    claims = decode(token, tenants._secret)
+    claims = jwt.decode(token, tenants._secret, ["HS256"])
     assert claims["sub"] == "urn:tuft:tenant:alice"
     assert claims["exp"] - claims["iat"] == 24 * 3600
     assert (tmp_path / "signing_key").stat().st_mode & 0o077 == 0
@@ -116,3 +116,18 @@ def test_a_home_with_another_secret_takes_no_token_of_this_one(
     (tmp_path / "signing_key").unlink()
     with pytest.raises(InvalidToken):
         open_tenants(Config(home=tmp_path), database).authenticate(token)
+
+
+def test_a_token_that_was_touched_unsigned_or_has_expired_is_refused(tenants: Tenants) -> None:
+    token = tenants.token(tenants.key(tenants.create_key("alice")))
+    header, claims, signature = token.split(".")
+    read = jwt.decode(token, tenants._secret, ["HS256"])
+    expired = jwt.encode({**read, "exp": read["iat"] - 1}, tenants._secret, "HS256")
+    with pytest.raises(InvalidToken, match="expired"):
+        tenants.key(expired)
+    unsigned = jwt.encode(read, None, "none")
+    without_end = jwt.encode({"key": read["key"]}, tenants._secret, "HS256")
+    others = (f"{header}.{claims}.{signature[:-4]}AAAA", f"{header}.{claims}", unsigned, without_end, "eyJé", "eyJ")
+    for forged in others:
+        with pytest.raises(InvalidToken, match="not made by this server"):
+            tenants.key(forged)

@@ -124,8 +124,8 @@ def stable_reinforce(record: LossRecord) -> LossTerms:
     """``-sum (sg[w] p A - kl_coeff H(p - q))`` over the targets that ``is_sampled`` marks, with q as it was recorded.
 
     The weight w is r, but at most 2, and 0 where the token's probability has already changed by more than 0.2 in the
-    direction in which A pulls it. H is Huber's function, ``x^2 / 2`` up to ``|x| = 1`` and linear beyond. On policy this
-    is REINFORCE; off policy no gradient exceeds ``2 |A| + kl_coeff``.
+    direction in which A pulls it. H is Huber's function, ``x^2 / 2`` up to ``|x| = 1`` and linear beyond. On policy
+    this is REINFORCE; off policy no gradient exceeds ``2 |A| + kl_coeff``.
 
     Source: Tinker's contract, our objective: docs/adr/0013.
     """

@@ -7,10 +7,11 @@ import hmac
 import time
 from secrets import token_hex, token_urlsafe
 
+import jwt
+
 from tuft.config import API_KEY_PREFIX
 from tuft.errors import Forbidden, InvalidInput, InvalidToken, Unauthorized
 from tuft.records import ApiKey, Tenant, now, valid_name
-from tuft.service import jwt
 from tuft.service.audit import Audit
 from tuft.store.catalog import Catalog
 
@@ -18,6 +19,8 @@ DEFAULT_TENANT = "default"
 ORGANIZATION = "tuft"
 """All tenants of a server are of one organization, as the API sees it."""
 _TOKEN_LIFETIME_S = 24 * 3600
+_JWT_PREFIX = "eyJ"  # the base64 of '{"'
+_JWT_ALGORITHM = "HS256"
 _ISSUER = "passport-tuft"  # the SDK takes tokens of a "passport-" for ones that tell who holds them
 
 
@@ -41,11 +44,8 @@ class Tenants:
         """The API key itself, or the one that the token was made from. Raises Unauthorized."""
         if not credential:
             raise Unauthorized("no API key: send it as X-API-Key; `tuft key create --tenant NAME` makes one")
-        if credential.startswith(jwt.PREFIX):
-            key = self._of_id(str(jwt.decode(credential, self._secret)["key"]))
-            if key is None:
-                raise InvalidToken("the API key that this JWT was made from has been revoked")
-            return key
+        if credential.startswith(_JWT_PREFIX):
+            return self._of_token(credential)
         key = self._configured.get(self._configured_id(credential)) or self._of_id(_hash(credential))
         if key is None:
             raise Unauthorized(
@@ -60,7 +60,7 @@ class Tenants:
         issued_at = int(time.time())
         who = {"sub": key.tenant.urn, "org_id": ORGANIZATION, "email": ""}
         claims = {"iss": _ISSUER, **who, "iat": issued_at, "exp": issued_at + _TOKEN_LIFETIME_S, "key": key.key_id}
-        return jwt.encode(claims, self._secret)
+        return jwt.encode(claims, self._secret, _JWT_ALGORITHM)
 
     def create_key(self, tenant_name: str) -> str:
         """A new key for the tenant of that name, who is made if unknown. It is returned here and never again."""
@@ -90,6 +90,18 @@ class Tenants:
 
     def has_keys(self) -> bool:
         return self._catalog.has_keys()
+
+    def _of_token(self, token: str) -> ApiKey:
+        try:
+            claims = jwt.decode(token, self._secret, [_JWT_ALGORITHM], {"require": ["exp", "key"]})
+        except jwt.ExpiredSignatureError as error:
+            raise InvalidToken("this JWT has expired; POST /api/v1/auth/token makes another") from error
+        except jwt.InvalidTokenError as error:
+            raise InvalidToken("this JWT was not made by this server") from error
+        key = self._of_id(claims["key"])
+        if key is None:
+            raise InvalidToken("the API key that this JWT was made from has been revoked")
+        return key
 
     def _of_id(self, key_id: str) -> ApiKey | None:
         key = self._configured.get(key_id) or self._known.get(key_id) or self._catalog.key(key_id)

@@ -70,12 +70,10 @@ class UsageTable:
     def storage(self, tenant: Tenant, shared: Shared, project_id: str | None) -> list[CheckpointStorage]:
         """What the checkpoints that the tenant may see hold now, in one project or all, by project and owner."""
         checkpoints, runs, sessions, tenants = tables.checkpoints, tables.runs, tables.sessions, tables.tenants
-        project = func.coalesce(sessions.c.project_id, DEFAULT_PROJECT)
+        whose = (sessions.c.project_id, tenants.c.tenant_id, tenants.c.name)
         query = (
             select(
-                project.label("project_id"),
-                tenants.c.tenant_id,
-                tenants.c.name,
+                *whose,
                 func.count().label("num_checkpoints"),
                 func.sum(checkpoints.c.size_bytes).label("num_bytes"),
             )
@@ -85,12 +83,17 @@ class UsageTable:
             .join(tenants, tenants.c.tenant_id == sessions.c.tenant_id)
             .where(checkpoints.c.expires_at.is_(None) | (checkpoints.c.expires_at > now()))
             .where(within_reach(tenant, shared))
-            .group_by(project, tenants.c.tenant_id, tenants.c.name)
-            .order_by(project, tenants.c.name)
+            .group_by(*whose)
+            .order_by(sessions.c.project_id, tenants.c.name)
         )
         if project_id is not None:
-            query = query.where(project == project_id)
+            query = query.where(func.coalesce(sessions.c.project_id, DEFAULT_PROJECT) == project_id)
         return [
-            CheckpointStorage(row.project_id, Tenant(row.tenant_id, row.name), row.num_checkpoints, int(row.num_bytes))
+            CheckpointStorage(
+                project_id=row.project_id or DEFAULT_PROJECT,
+                owner=Tenant(row.tenant_id, row.name),
+                num_checkpoints=row.num_checkpoints,
+                num_bytes=int(row.num_bytes),
+            )
             for row in self._database.all(query)
         ]
