@@ -2,6 +2,7 @@
 #   make demo     fine-tune the embedded model on real chats and look at the result (out/chat_sft/)
 #   make test     all tests; PYTEST="-m 'not slow'" for the quick ones
 #   make test-sdk every supported release of the SDK against one server; `make test` runs three of them
+#   make fuzz     10,000 mutated requests to a server of their own: no 5xx, no growth of its memory
 #   make serve    the server, with its defaults
 #   make check    ruff and mypy
 #   make bench    how to measure; BENCH=train_step does it, ARGS="--rounds 1" quickly
@@ -16,7 +17,7 @@ PYTEST ?=
 # Tests run torch beside a server that runs torch: threads that wait must not spin for long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install demo test test-sdk serve check bench clean
+.PHONY: install demo test test-sdk fuzz serve check bench clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -37,6 +38,9 @@ test: $(READY)
 
 test-sdk: $(READY)
 	@SDK_VERSIONS=all $(BIN)/python -m pytest tests/sdk $(PYTEST)
+
+fuzz: $(READY)
+	@TUFT_FUZZ=$${TUFT_FUZZ:-10000} $(BIN)/python -m pytest tests/api/test_fuzz.py -k many -s $(PYTEST)
 
 serve: $(READY)
 	@$(BIN)/tuft launch

@@ -24,6 +24,7 @@ a status code.
 
 from __future__ import annotations
 
+import reprlib
 from typing import ClassVar
 
 
@@ -50,10 +51,28 @@ class InvalidInput(UserError):
         super().__init__(field, value, allowed)  # all three, so that it survives pickling
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
+        shown = _BRIEF.repr(self.value)
+        if len(shown) > _MAX_SHOWN:
+            shown = shown[: _MAX_SHOWN - 3] + "..."
         return f"{self.field}: got {shown}; {self.allowed}"
+
+
+_MAX_SHOWN = 120
+
+
+class _Brief(reprlib.Repr):
+    """The beginning of a value's ``repr``, without making the rest: a client may send millions of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother, self.maxlong = 4, 10**4, 10**4
+        self.maxlist = self.maxtuple = self.maxdict = _MAX_SHOWN
+
+    def repr_str(self, x: str, _level: int) -> str:
+        return repr(x[:_MAX_SHOWN])
+
+
+_BRIEF = _Brief()
 
 
 class Unauthorized(UserError):

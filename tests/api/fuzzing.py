@@ -104,7 +104,7 @@ REQUESTS: Mapping[str, dict[str, Any]] = {
     "forward#importance_sampling": _loss("importance_sampling", {}, **POLICY),
     "forward#stable_reinforce": _loss("stable_reinforce", {"kl_coeff": 0.1}, **POLICY),
     "forward#custom": _loss("custom", {"loss_id": "LOSS"}, **POLICY),
-    "optim_step": {**OPERATION, "adam_params": {"learning_rate": 0.1, "beta1": 0.5, "grad_clip_norm": 1.0}},
+    "optim_step": {**OPERATION, "adam_params": {"learning_rate": 1e-4, "beta1": 0.5, "grad_clip_norm": 1.0}},
     "optim_step#params": {**OPERATION, "optimizer_params": {"type": "adamw", "eps": 1e-8, "weight_decay": 0.1}},
     "save_weights": {**OPERATION, "path": "p", "ttl_seconds": 3600, "overwrite": True, "user_metadata": {"a": "b"}},
     "save_weights_for_sampler": {**OPERATION, "sampling_session_seq_id": "COUNT", "kind": "snapshot", "path": None},

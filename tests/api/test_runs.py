@@ -14,6 +14,18 @@ def save(server: Served, run_id: str, seq_id: int, route: str, name: str, **fiel
     return str(result(server.alice, submitted)["path"])
 
 
+def test_an_sdk_that_is_older_than_external_weights_does_not_see_them(server: Served, run_id: str) -> None:
+    save(server, run_id, 1, "save_weights", "state")
+    save(server, run_id, 2, "save_weights_external", "export")
+    for route in (f"training_runs/{run_id}/checkpoints", "checkpoints?limit=10000"):
+        seen = []
+        for agent in ("AsyncTinker/Python 0.27.2", "AsyncTinker/Python 0.28.0", "curl"):
+            listed = server.alice.get(f"/api/v1/{route}", headers={"User-Agent": agent}).json()["checkpoints"]
+            seen.append({found["checkpoint_id"] for found in listed if run_id in found["tinker_path"]})
+        everything = {"weights/state", "external_weights/export"}
+        assert seen == [{"weights/state"}, everything, everything]
+
+
 @pytest.mark.calls("GET /api/v1/models/{}/checkpoints")
 def test_a_run_shows_its_newest_checkpoints(server: Served, run_id: str) -> None:
     save(server, run_id, 1, "save_weights", "old", ttl_seconds=3600)

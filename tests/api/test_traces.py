@@ -11,7 +11,9 @@ def test_a_trace_shows_every_operation_of_the_session_on_the_track_of_its_run(
 ) -> None:
     operation = {"model_id": run_id}
     loss = post(server.alice, "forward_backward", seq_id=1, forward_backward_input=cross_entropy(TOKENS), **operation)
+    result(server.alice, loss)  # one after the other: what overlaps has a lane of its own
     step = post(server.alice, "optim_step", seq_id=2, adam_params={"learning_rate": 0.5}, **operation)
+    result(server.alice, step)
     wrong = post(server.alice, "forward", seq_id=3, forward_input=cross_entropy(TOKENS, loss_fn="x"), **operation)
     prompt = {"chunks": [{"tokens": TOKENS}]}
     sample = post(
@@ -22,7 +24,7 @@ def test_a_trace_shows_every_operation_of_the_session_on_the_track_of_its_run(
         prompt=prompt,
         sampling_params={"max_tokens": 3, "stop": []},
     )
-    for submitted in (loss, step, wrong, sample):
+    for submitted in (wrong, sample):
         result(server.alice, submitted)
     server.alice.post(f"/api/v1/sessions/{session_id}/finish", json={"reason": {"type": "success"}})
     export = server.alice.get(f"/api/v1/sessions/{session_id}/trace_export").json()

@@ -258,9 +258,9 @@ def test_a_wrong_json_tensor_is_named_with_value_and_rule(tensor: dict[str, Any]
 )
 def test_other_chunks_than_text_are_refused_by_name(chunk: Any) -> None:
     body = sdk_body([tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={})])
-    with pytest.raises(InvalidInput, match=r"data\[0\]\.model_input\[0\]: got '(image|dmel)'; is not supported"):
+    with pytest.raises(InvalidInput, match=r"data\[0\]\.model_input\[0\]: got '(image|dmel)'; must be encoded_text"):
         wire.decode_loss_request(body, LIMIT)
-    with pytest.raises(InvalidInput, match=r"prompt\.chunks\[0\]\.type: got '(image|dmel)'; is not supported"):
+    with pytest.raises(InvalidInput, match=r"prompt\.chunks\[0\]\.type: got '(image|dmel)'; must be encoded_text"):
         wire.prompt_tokens_json({"chunks": [{"type": chunk.type, "data": ""}]}, "prompt")
 
 
@@ -275,3 +275,49 @@ def test_a_seq_that_is_not_positive_is_no_envelope(seq_id: int) -> None:
     body = wire_pb2.ForwardBackwardRequest(model_id="s:train:1", seq_id=seq_id).SerializeToString()
     with pytest.raises(InvalidInput):
         wire.scan_envelope(body)
+
+
+@pytest.mark.parametrize("field", ["model_input_spans", "loss_fn_input_spans"])
+def test_more_spans_than_tokens_are_refused_before_they_are_read(field: str) -> None:
+    message = wire_pb2.ForwardBackwardRequest(model_id="run", seq_id=1)
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = np.arange(2, dtype="<i4").tobytes()
+    for _ in range(3):
+        getattr(datum, field).add()
+    with pytest.raises(InvalidInput, match=rf"data\[0\].{field}: got '3 spans'; must be at most one"):
+        wire.decode_loss_request(message.SerializeToString(), LIMIT)
+
+
+def too_much(part: str) -> wire_pb2.ForwardBackwardRequest:
+    message = wire_pb2.ForwardBackwardRequest(model_id="run", seq_id=1)
+    for _ in range(wire.MAX_DATA + 1 if part == "data" else 1):
+        datum = message.data.add()
+    for number in range(wire.MAX_CHUNKS + 1):
+        match part:
+            case "model_input":
+                datum.model_input.add()
+            case "loss_fn_inputs":
+                datum.loss_fn_inputs[str(number)].dtype = 1
+            case "loss_fn_config":
+                message.loss_fn_config[str(number)] = 1.0
+    return message
+
+
+@pytest.mark.parametrize("part", ["data", "model_input", "loss_fn_inputs", "loss_fn_config"])
+def test_more_than_a_client_has_reason_to_send_is_refused_before_it_is_read(part: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"{part}: got '\d+ of them'; must be at most"):
+        wire.decode_loss_request(too_much(part).SerializeToString(), LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({"data": [{}] * (wire.MAX_DATA + 1)}, "p.data"),
+        ({"data": [{"model_input": {"chunks": [{}] * (wire.MAX_CHUNKS + 1)}}]}, r"p.data\[0\].model_input.chunks"),
+        ({"data": [], "loss_fn_config": dict.fromkeys(map(str, range(99)), 1.0)}, "p.loss_fn_config"),
+    ],
+    ids=["data", "chunks", "config"],
+)
+def test_so_it_is_in_json(payload: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{field}: got '\\d+ of them'; must be at most"):
+        wire.decode_loss_request_json({"loss_fn": "ppo", **payload}, LIMIT, backward=True, field="p")

@@ -180,7 +180,8 @@ def test_a_copy_in_a_shared_project_is_for_its_members_and_outlives_its_source(
     assert sampler.compute_logprobs(PROMPT).result()[0] is None
 
     theirs = other.create_rest_client()
-    (run,) = theirs.list_training_runs(access_scope="accessible", project_id=TEAM).result().training_runs
+    runs = theirs.list_training_runs(access_scope="accessible", project_id=TEAM).result().training_runs
+    (run,) = [run for run in runs if run.training_run_id in copy]
     assert (run.model_owner, run.base_model, run.lora_rank) == (f"{TEAM}-1", TINY_MODEL, 4)
     assert run.last_sampler_checkpoint is not None
     assert run.last_sampler_checkpoint.tinker_path == copy

@@ -106,8 +106,9 @@ def endpoint_of(call: str) -> str:
     """``module.function`` that answers, found by the routes' own patterns."""
     method, path = call.split()
     path = path.replace("/checkpoints/{}", "/checkpoints/weights/name").replace("{}", "x")
+    in_router = path.removeprefix(API_PREFIX)
     for route in routes():
-        if method in route.methods and any(route.path_regex.fullmatch(p) for p in (path, path.removeprefix(API_PREFIX))):
+        if method in route.methods and (route.path_regex.fullmatch(in_router) or route.path_regex.fullmatch(path)):
             return f"`{route.endpoint.__module__.removeprefix('tuft.')}.{route.endpoint.__name__}`"
     return ""
 

@@ -184,7 +184,7 @@ async def test_training_and_sampler_checkpoints_of_one_name_are_two_things(
     await settled(services.operations.save_weights(alice, run_id, 1, "x", None, False, {}))
     await settled(services.operations.save_weights_for_sampler(alice, run_id, 2, "x", None, None, {}))
     services.checkpoints.delete(alice, f"tinker://{run_id}/sampler_weights/x")
-    checkpoints, total = services.checkpoints.list(alice.tenant_id, run_id, 10, 0)
+    checkpoints, total = services.checkpoints.list(alice.tenant_id, run_id, ("training", "sampler"), 10, 0)
     assert ([str(found.path) for found in checkpoints], total) == ([f"tinker://{run_id}/weights/x"], 1)
     await services.checkpoints.read(checkpoints[0].directory, with_optimizer=True)
 

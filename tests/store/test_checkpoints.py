@@ -14,11 +14,12 @@ from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
 from tuft.store.db import Database, open_database, sqlite_url
 from tuft.store.sessions import SessionCatalog
-from tuft.types import LoraSpec
+from tuft.types import CheckpointKind, LoraSpec
 
 ALICE, BOB, EVE = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob"), Tenant("tenant-e", "eve")
 SPEC = LoraSpec(rank=4, seed=2**40, train_unembed=False)
 RUN = "s1:train:0"
+KINDS: tuple[CheckpointKind, ...] = ("training", "sampler", "external")
 SHARED = {"p": frozenset({"alice", "bob"})}
 
 
@@ -102,7 +103,7 @@ def test_an_expired_checkpoint_is_not_found_even_before_it_is_deleted(checkpoint
     checkpoints.put(young := replace(checkpoint("young"), expires_at=soon))
     checkpoints.put(checkpoint("eternal"))
     assert checkpoints.get(old.path) is checkpoints.within_reach(BOB, {}, old.path) is None
-    assert {found.path.name for found in checkpoints.page(ALICE.tenant_id, 10, 0)[0]} == {"young", "eternal"}
+    assert {found.path.name for found in checkpoints.page(ALICE.tenant_id, KINDS, 10, 0)[0]} == {"young", "eternal"}
     assert checkpoints.expiring(ALICE, now() + timedelta(hours=24), limit=5) == ([young], 1)
     assert checkpoints.expiring(BOB, now() + timedelta(hours=24), limit=5) == ([], 0)
     checkpoints.set_expiry(young.path, None)
@@ -116,9 +117,10 @@ def test_pages_come_newest_first_with_the_total(checkpoints: CheckpointCatalog) 
     for index in range(5):
         checkpoints.put(replace(checkpoint(f"c{index}"), created_at=moment + timedelta(seconds=index)))
     checkpoints.put(checkpoint(run_id="s2:train:0", tenant=EVE))
-    page, total = checkpoints.page(ALICE.tenant_id, limit=2, offset=1)
+    page, total = checkpoints.page(ALICE.tenant_id, KINDS, limit=2, offset=1)
     assert ([found.path.name for found in page], total) == (["c3", "c2"], 5)
-    assert checkpoints.page(EVE.tenant_id, 10, 0, run_id=RUN) == ([], 0)
+    assert checkpoints.page(EVE.tenant_id, KINDS, 10, 0, run_id=RUN) == ([], 0)
+    assert checkpoints.page(ALICE.tenant_id, ["external"], 10, 0) == ([], 0)
 
 
 def test_the_newest_of_each_kind_and_run_is_found_at_once(checkpoints: CheckpointCatalog) -> None:

@@ -21,6 +21,7 @@ CONTROL_BODY_BYTES = 2**20
 """Enough for every body that carries neither training data nor a prompt."""
 ClientSeq = Annotated[int, Field(ge=0, lt=2**63)]
 """What clients count their runs, samplers and samples with."""
+MAX_METADATA_BYTES = 2**14
 _OFF_LOOP_BYTES = 2**20
 _PREFIX_BYTES = 2**16
 
@@ -143,8 +144,13 @@ def invalid_input(problem: Mapping[str, Any]) -> InvalidInput:
 
 
 def texts(metadata: Mapping[str, Any] | None) -> dict[str, str]:
-    """User metadata as the API shows it: values that are no texts become their JSON."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    """User metadata as the API shows it: values that are no texts become their JSON. Raises InvalidInput if it is more
+    than a list of thousands could show."""
+    found = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    num_bytes = sum(len(text.encode()) for pair in found.items() for text in pair)
+    if num_bytes > MAX_METADATA_BYTES:
+        raise InvalidInput("user_metadata", f"{num_bytes} bytes", f"must be at most {MAX_METADATA_BYTES}")
+    return found
 
 
 def utc(moment: datetime, field: str) -> datetime:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from tuft.api.auth import Caller, Served
 from tuft.api.body import ClientSeq, Fields, JsonBody
@@ -12,11 +13,27 @@ from tuft.api.optimizers import config_json
 from tuft.api.pages import Limit, Offset, cursor
 from tuft.errors import InvalidInput
 from tuft.records import Checkpoint
+from tuft.types import CheckpointKind
 
 router = APIRouter(tags=["checkpoints"])
 
 OF_RUN = "/training_runs/{run_id}/checkpoints"
 ONE = OF_RUN + "/{kind}/{name}"
+
+
+_EXTERNAL_SINCE = (0, 28)
+_SDK = re.compile(r"Tinker/Python (\d+)\.(\d+)")
+
+
+async def _known_kinds(request: Request) -> tuple[CheckpointKind, ...]:
+    """The kinds that the caller's SDK can read: one that is older than a kind fails at a list that has it."""
+    sdk = _SDK.search(request.headers.get("user-agent", ""))
+    if sdk is not None and (int(sdk[1]), int(sdk[2])) < _EXTERNAL_SINCE:
+        return "training", "sampler"
+    return "training", "sampler", "external"
+
+
+KnownKinds = Annotated[tuple[CheckpointKind, ...], Depends(_known_kinds)]
 
 
 class WeightsInfo(Fields):
@@ -39,16 +56,23 @@ class CopyWeights(Fields):
 @router.get(OF_RUN)
 @router.get("/models/{run_id}/checkpoints")  # SDKs up to 0.3
 async def list_run_checkpoints(
-    run_id: str, tenant: Caller, services: Served, limit: Limit = 10_000, offset: Offset = 0
+    run_id: str,
+    tenant: Caller,
+    services: Served,
+    kinds: KnownKinds,
+    limit: Limit = 10_000,
+    offset: Offset = 0,
 ) -> dict[str, Any]:
     run = services.runs.find(tenant, run_id, accessible=True)
-    checkpoints, total_count = services.checkpoints.list(run.tenant_id, run_id, limit, offset)
+    checkpoints, total_count = services.checkpoints.list(run.tenant_id, run_id, kinds, limit, offset)
     return {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)}
 
 
 @router.get("/checkpoints")
-async def list_checkpoints(tenant: Caller, services: Served, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
-    checkpoints, total_count = services.checkpoints.list(tenant.tenant_id, None, limit, offset)
+async def list_checkpoints(
+    tenant: Caller, services: Served, kinds: KnownKinds, limit: Limit = 100, offset: Offset = 0
+) -> dict[str, Any]:
+    checkpoints, total_count = services.checkpoints.list(tenant.tenant_id, None, kinds, limit, offset)
     return {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)}
 
 

@@ -32,12 +32,12 @@ class Graph(Fields):
     """The nodes are the engine's to read."""
 
     format: int = 1
-    nodes: list[dict[str, Any]]
+    nodes: list[dict[str, Any]] = Field(fail_fast=True)
 
 
 class CreateCustomLoss(LossEnvelope):
     name: str = Field(min_length=1, max_length=256)
-    inputs: list[LossInput]
+    inputs: list[LossInput] = Field(fail_fast=True)
     graph: Graph
 
 

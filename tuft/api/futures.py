@@ -38,7 +38,7 @@ class RetrieveFutures(Fields):
     target: SamplingTarget
     prev_cursor: ClientSeq = 0
     timeout: float | None = Field(default=None, ge=0)
-    retrieved_request_ids: tuple[str, ...] = ()
+    retrieved_request_ids: tuple[str, ...] = Field((), max_length=100_000, fail_fast=True)
 
 
 @router.post("/retrieve_future")

@@ -19,14 +19,14 @@ router = APIRouter(tags=["sessions"])
 
 class SearchOwner(Fields):
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: tuple[str, ...] = Field((), max_length=10)
+    owner_urns: tuple[str, ...] = Field((), max_length=10, fail_fast=True)
 
 
 class StatusQuery(Fields):
     """No session is ever ``cancelled``: there is nothing here that does it."""
 
     type: Literal["active", "cancelled", "failed", "client_finished"]
-    reasons: tuple[str, ...] | None = Field(None, min_length=1, max_length=10)
+    reasons: tuple[str, ...] | None = Field(None, min_length=1, max_length=10, fail_fast=True)
 
 
 class SearchCursor(Fields):
@@ -38,11 +38,11 @@ class SearchSessions(Fields):
     """As the SDK's SessionSearchRequest."""
 
     session_id: str | None = None
-    project_ids: tuple[str, ...] | None = Field(None, max_length=200)
+    project_ids: tuple[str, ...] | None = Field(None, max_length=200, fail_fast=True)
     user_metadata: dict[str, str] = Field({}, max_length=50)
     display_name: str | None = Field(None, min_length=1, max_length=1000)
     owner: SearchOwner = SearchOwner()
-    statuses: tuple[StatusQuery, ...] | None = Field(None, min_length=1, max_length=10)
+    statuses: tuple[StatusQuery, ...] | None = Field(None, min_length=1, max_length=10, fail_fast=True)
     limit: int = Field(50, ge=1, le=200)
     cursor: SearchCursor | None = None
 
@@ -84,7 +84,7 @@ async def search_sessions(body: JsonBody[SearchSessions], tenant: Caller, servic
         limit=body.limit,
         after=after,
     )
-    found, more = services.sessions.search(tenant, search)
+    found, more = await services.sessions.search(tenant, search)
     cursor = None if more is None else {"last_created_at": more[0], "last_session_id": more[1]}
     return {"sessions": [_summary(summary) for summary in found], "next_cursor": cursor}
 

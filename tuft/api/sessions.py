@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field
@@ -23,15 +23,19 @@ CLIENT_CONFIG = {
     "custom_loss_server_side": True,
 }
 """What the SDK may use of this server."""
+_MAX_DETAIL = 10_000
 DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
+Tag = Annotated[str, Field(max_length=256)]
+
+
 class CreateSession(Fields):
-    tags: tuple[str, ...] = ()
+    tags: tuple[Tag, ...] = Field((), max_length=64, fail_fast=True)
     user_metadata: dict[str, Any] | None = None
-    sdk_version: str = "unknown"
-    display_name: str | None = None
-    project_id: str | None = None
+    sdk_version: str = Field("unknown", max_length=128)
+    display_name: str | None = Field(None, max_length=1000)
+    project_id: str | None = Field(None, max_length=128)
 
 
 class Heartbeat(Fields):
@@ -43,7 +47,7 @@ class FinishReason(Fields):
 
 
 class AssignProject(Fields):
-    project_id: str
+    project_id: str = Field(max_length=128)
 
 
 class Finish(Fields):
@@ -100,7 +104,8 @@ async def session_heartbeat(body: JsonBody[Heartbeat], tenant: Caller, services:
 
 @router.post("/sessions/{session_id}/finish")
 async def finish_session(session_id: str, body: JsonBody[Finish], tenant: Caller, services: Served) -> dict[str, Any]:
-    services.sessions.finish(tenant, session_id, body.reason.type, body.detail)
+    detail = body.detail and body.detail[:_MAX_DETAIL]  # a traceback may be of any length, and the session is over
+    services.sessions.finish(tenant, session_id, body.reason.type, detail)
     return {}
 
 

@@ -86,7 +86,7 @@ class SaveWeightsForSampler(Envelope):
 class SaveWeightsExternal(Envelope):
     path: str
     ttl_seconds: int | None = None
-    age_encryption_recipients: tuple[str, ...] | None = None
+    age_encryption_recipients: tuple[str, ...] | None = Field(None, fail_fast=True)
 
 
 class LoadFields(Fields):

@@ -6,7 +6,7 @@ cannot compute is refused by name instead of being left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,9 @@ from tuft.api.tensors import WireTensor
 from tuft.errors import InvalidInput, TooLarge
 from tuft.types import Datum, Int64Array, ProvenanceSpan
 
-NOT_SUPPORTED = "is not supported by this server yet"
 TEXT_ONLY = "must be encoded_text: the models served here read text only"
+MAX_DATA, MAX_CHUNKS, MAX_NAMES = 2**12, 2**14, 64
+"""Of a request; of a datum or prompt; of a datum's inputs, and of a loss's options. The SDK sends 1024 data at once."""
 MAX_SEQ_ID = 2**31 - 1
 """Of a run's operations; a sample's seq_id has 64 bits."""
 
@@ -47,16 +48,23 @@ def decode_loss_request(body: bytes, limit_bytes: int) -> LossRequest:
         message.ParseFromString(body)
     except DecodeError as error:
         raise InvalidInput("body", f"{len(body)} bytes", "must be a ForwardBackwardRequest in protobuf") from error
+    _check_count(message.data, MAX_DATA, "data")
+    _check_count(message.loss_fn_config, MAX_NAMES, "loss_fn_config")
+    _check_count(message.loss_fn_config_v2, MAX_NAMES, "loss_fn_config")
     parts = []
     for index, datum in enumerate(message.data):
         field = f"data[{index}]"
+        _check_count(datum.model_input, MAX_CHUNKS, f"{field}.model_input")
+        _check_count(datum.loss_fn_inputs, MAX_NAMES, f"{field}.loss_fn_inputs")
         chunks = [_chunk_tokens(chunk, f"{field}.model_input[{i}]") for i, chunk in enumerate(datum.model_input)]
+        tokens_T = _concatenated(chunks)
         inputs = {
             name: tensors.from_proto(tensor, f"{field}.loss_fn_inputs.{name}")
             for name, tensor in datum.loss_fn_inputs.items()
         }
-        spans = (_spans(datum.model_input_spans), _spans(datum.loss_fn_input_spans))
-        parts.append(_Parts(_concatenated(chunks), inputs, *spans))
+        input_spans = _spans(datum.model_input_spans, len(tokens_T), f"{field}.model_input_spans")
+        target_spans = _spans(datum.loss_fn_input_spans, len(tokens_T), f"{field}.loss_fn_input_spans")
+        parts.append(_Parts(tokens_T, inputs, input_spans, target_spans))
     return LossRequest(_data(parts, limit_bytes), message.loss_fn, _config(message), backward=not message.forward_only)
 
 
@@ -68,16 +76,21 @@ def decode_loss_request_json(fields: object, limit_bytes: int, *, backward: bool
     if not isinstance(loss_fn, str):
         raise InvalidInput(f"{field}.loss_fn", loss_fn, "must be the name of a loss")
     config: dict[str, float | str] = {}
-    for key, value in _object(request.get("loss_fn_config") or {}, f"{field}.loss_fn_config").items():
+    sent_config = _object(request.get("loss_fn_config") or {}, f"{field}.loss_fn_config")
+    _check_count(sent_config, MAX_NAMES, f"{field}.loss_fn_config")
+    for key, value in sent_config.items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise InvalidInput(f"{field}.loss_fn_config.{key}", value, "must be a number or a text")
         config[key] = value
     parts = []
-    for index, item in enumerate(_list(request.get("data"), f"{field}.data")):
+    data = _list(request.get("data"), f"{field}.data")
+    _check_count(data, MAX_DATA, f"{field}.data")
+    for index, item in enumerate(data):
         name = f"{field}.data[{index}]"
         datum = _object(item, name)
         tokens_T = prompt_tokens_json(datum.get("model_input"), f"{name}.model_input")
         inputs = _object(datum.get("loss_fn_inputs") or {}, f"{name}.loss_fn_inputs")
+        _check_count(inputs, MAX_NAMES, f"{name}.loss_fn_inputs")
         named = {key: tensors.from_json(value, f"{name}.loss_fn_inputs.{key}") for key, value in inputs.items()}
         parts.append(_Parts(tokens_T, named))
     return LossRequest(_data(parts, limit_bytes), loss_fn, config, backward=backward)
@@ -86,6 +99,7 @@ def decode_loss_request_json(fields: object, limit_bytes: int, *, backward: bool
 def prompt_tokens_json(model_input: object, field: str) -> Int64Array:
     """The tokens of ``{"chunks": [{"type": "encoded_text", "tokens": [...]}, ...]}``, chunk after chunk."""
     chunks = _list(_object(model_input, field).get("chunks"), f"{field}.chunks")
+    _check_count(chunks, MAX_CHUNKS, f"{field}.chunks")
     parts = []
     for index, item in enumerate(chunks):
         name = f"{field}.chunks[{index}]"
@@ -188,7 +202,9 @@ class _Parts:
     target_spans: tuple[ProvenanceSpan, ...] = ()
 
 
-def _spans(spans: Sequence[wire_pb2.ProvenanceSpan]) -> tuple[ProvenanceSpan, ...]:
+def _spans(spans: Sequence[wire_pb2.ProvenanceSpan], num_tokens: int, field: str) -> tuple[ProvenanceSpan, ...]:
+    if len(spans) > num_tokens:
+        raise InvalidInput(field, f"{len(spans)} spans", f"must be at most one for each of the {num_tokens} tokens")
     found = []
     for span in spans:
         is_sampled = span.WhichOneof("span") == "sampled_tokens"
@@ -214,6 +230,12 @@ def _data(parts: Sequence[_Parts], limit_bytes: int) -> tuple[Datum, ...]:
         )
         for part in parts
     )
+
+
+def _check_count(items: Sized, most: int, field: str) -> None:
+    """Before a Python object is made of each."""
+    if len(items) > most:
+        raise InvalidInput(field, f"{len(items)} of them", f"must be at most {most}")
 
 
 def _object(value: object, field: str) -> Mapping[str, object]:

@@ -78,9 +78,11 @@ class Checkpoints:
         """What has that name, whosever it is: for a caller who is known to have a right to it."""
         return self._catalog.get(path)
 
-    def list(self, tenant_id: str, run_id: str | None, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
-        """One page of the tenant's, of one run or of all, newest first, and the number of all."""
-        return self._catalog.page(tenant_id, limit, offset, run_id)
+    def list(
+        self, tenant_id: str, run_id: str | None, kinds: Collection[CheckpointKind], limit: int, offset: int
+    ) -> tuple[list[Checkpoint], int]:
+        """One page of the tenant's of these kinds, of one run or of all, newest first, and the number of all."""
+        return self._catalog.page(tenant_id, kinds, limit, offset, run_id)
 
     def newest(self, run_ids: Collection[str]) -> Mapping[tuple[str, CheckpointKind], Checkpoint]:
         """The newest of each kind of each of those runs."""

@@ -222,9 +222,7 @@ class Operations:
 
         return self._submit(tenant, run_id, seq_id, "rejected", prepare)
 
-    def _submit(
-        self, tenant: Tenant, run_id: str, seq_id: int, name: str, prepare: Callable[[Run], Work]
-    ) -> str:
+    def _submit(self, tenant: Tenant, run_id: str, seq_id: int, name: str, prepare: Callable[[Run], Work]) -> str:
         run = self._runs.get(tenant, run_id)
         if seq_id < 1:
             raise InvalidInput("seq_id", seq_id, "must be at least 1")

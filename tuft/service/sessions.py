@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -119,14 +120,15 @@ class Sessions:
         """The session's run ids and its sampler ids."""
         return self._catalog.parts(session.session_id)
 
-    def search(
+    async def search(
         self, tenant: Tenant, search: SessionSearch
     ) -> tuple[Sequence[SessionSummary], tuple[datetime, str] | None]:
         """One page of what the tenant may see, newest first, and where the next begins. Raises Forbidden if it names a
         project of others."""
         for project_id in search.project_ids or ():
             self._projects.check_member(tenant, project_id)
-        return self._catalog.search(tenant, self._projects.shared_with(tenant), search, heard_since=now() - _RUNNING)
+        shared, since = self._projects.shared_with(tenant), now() - _RUNNING
+        return await asyncio.to_thread(self._catalog.search, tenant, shared, search, since)  # it may read every session
 
     def sweep(self) -> None:
         """Write down now and then who was heard, and forget who fell silent."""

@@ -61,10 +61,12 @@ class CheckpointCatalog:
         reachable = exists(of_run.where(tables.runs.c.run_id == tables.checkpoints.c.run_id))
         return self._first(*_named(path), tables.checkpoints.c.public | reachable)
 
-    def page(self, tenant_id: str, limit: int, offset: int, run_id: str | None = None) -> tuple[list[Checkpoint], int]:
-        """One page of the tenant's, newest first, and the number of all."""
+    def page(
+        self, tenant_id: str, kinds: Collection[CheckpointKind], limit: int, offset: int, run_id: str | None = None
+    ) -> tuple[list[Checkpoint], int]:
+        """One page of the tenant's of these kinds, newest first, and the number of all."""
         table = tables.checkpoints
-        query = select(table).where(table.c.tenant_id == tenant_id, _unexpired())
+        query = select(table).where(table.c.tenant_id == tenant_id, table.c.kind.in_(kinds), _unexpired())
         if run_id is not None:
             query = query.where(table.c.run_id == run_id)
         newest_first = (table.c.created_at.desc(), table.c.run_id, table.c.kind, table.c.name)
