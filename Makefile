@@ -1,6 +1,6 @@
 # TuFT: every target sets up .venv when it has to, and is quick the next time.
 #   make demo     fine-tune the embedded model on real chats and look at the result (out/chat_sft/)
-#   make test     all tests; PYTEST="-m 'not slow'" for the quick ones
+#   make test     all tests; PYTEST="-m 'not slow'" for the quick ones, WORKERS=0 one after the other
 #   make test-sdk every supported release of the SDK against one server; `make test` runs three of them
 #   make fuzz     10,000 mutated requests to a server of their own: no 5xx, no growth of its memory
 #   make serve    the server, with its defaults
@@ -13,6 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 PYTEST ?=
+WORKERS ?= 2
 
 # Tests run torch beside a server that runs torch: threads that wait must not spin for long.
 export GOMP_SPINCOUNT ?= 1000
@@ -34,7 +35,7 @@ demo: $(READY)
 	@$(BIN)/python examples/chat_sft/demo.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-sdk: $(READY)
 	@SDK_VERSIONS=all $(BIN)/python -m pytest tests/sdk $(PYTEST)
