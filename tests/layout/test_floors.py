@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tuft"
 
-GROUND = {"tuft", "tuft.types", "tuft.errors", "tuft.config", "tuft.records", "tuft.prefixes", "tuft.optimizers"}
-GROUND |= {"tuft.tokens", "tuft.losses"}
+GROUND = {
+    "tuft",
+    *(f"tuft.{name}" for name in "config errors losses optimizers prefixes records tokens types".split()),
+}
 MAY_SEE = {
     "models": set(),
     "store": set(),
