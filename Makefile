@@ -51,7 +51,7 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-BENCHES := train_step sample server tenants mixed
+BENCHES := train_step losses sample server tenants mixed
 
 bench: $(READY)
 ifdef BENCH
