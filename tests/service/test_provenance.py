@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tuft.errors import InvalidInput
@@ -60,7 +61,7 @@ def datum(**changes: Any) -> Datum:
     return replace(given, **changes)
 
 
-def with_input(name: str, values: Sequence[float]) -> Datum:
+def with_input(name: str, values: npt.ArrayLike) -> Datum:
     given = datum()
     return replace(given, loss_fn_inputs={**given.loss_fn_inputs, name: np.array(values)})
 
@@ -91,6 +92,10 @@ WRONG = {
     "a negative length": (datum(target_spans=(prompt(-1), sampled(3))), "offset 0, length -1"),
     "another input token": (datum(tokens_T=np.array([10, 11, 13, 20, 21])), "has token 12 there"),
     "another target": (with_input("target_tokens", [0, 0, 20, 21, 23]), r"loss_fn_input_spans\[1\], its token 2"),
+    "soft targets": (
+        with_input("target_tokens", np.ones((5, 2), dtype=np.int64)),
+        r"target_tokens: got 'shape \[5, 2\]'",
+    ),
     "an advantage on the prompt": (with_input("advantages", [1, 0, 0, 0, 0]), r"advantages\[0\]: got 1; must be 0"),
 }
 
@@ -99,6 +104,13 @@ WRONG = {
 def test_what_is_not_as_it_says_is_named(provenance: Provenance, wrong: Datum, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         provenance.resolve(run_in("s1"), [wrong])
+
+
+def test_many_data_are_resolved_in_their_order_and_a_wrong_one_is_named_by_its_place(provenance: Provenance) -> None:
+    resolved = provenance.resolve(run_in("s1"), [datum()] * 150)
+    assert len(resolved) == 150
+    with pytest.raises(InvalidInput, match=r"data\[149\].model_input_spans"):
+        provenance.resolve(run_in("s1"), [*[datum()] * 149, datum(input_spans=())])
 
 
 def test_another_session_cannot_train_on_it(provenance: Provenance) -> None:

@@ -20,6 +20,7 @@ from tuft.types import Datum, Float32Array, Int64Array, ProvenanceSpan, SampleRe
 
 RETENTION = timedelta(days=1)
 _MAX_INFORMED = 10_000
+_DATA_AT_ONCE = 64  # every sequence comes with its prompt: not those of all data at once
 
 
 class Provenance:
@@ -60,18 +61,30 @@ class Provenance:
 
         Raises InvalidInput that names datum and span if anything is not as the data say.
         """
-        spans = [span for datum in data for span in (*datum.input_spans, *datum.target_spans)]
-        ids = dict.fromkeys(span.sequence_id for span in spans)
-        records = self._sequences.find(run.session_id, ids)
-        resolved = tuple(_resolved(datum, f"data[{index}]", records) for index, datum in enumerate(data))
-        self._sequences.keep_until(run.session_id, ids, now() + RETENTION)
-        return resolved
+        resolved: list[Datum] = []
+        used: dict[str, None] = {}
+        for first in range(0, len(data), _DATA_AT_ONCE):
+            block = data[first : first + _DATA_AT_ONCE]
+            spans = [span for datum in block for span in (*datum.input_spans, *datum.target_spans)]
+            ids = dict.fromkeys(span.sequence_id for span in spans)
+            records = self._sequences.find(run.session_id, ids)
+            resolved += [_resolved(datum, f"data[{first + i}]", records) for i, datum in enumerate(block)]
+            used |= ids
+        self._sequences.keep_until(run.session_id, used, now() + RETENTION)
+        return tuple(resolved)
 
     def sweep(self) -> None:
         self._sequences.delete_expired()
 
 
 def _resolved(datum: Datum, where: str, records: Mapping[str, RecordedSequence]) -> Datum:
+    target_tokens_T = np.asarray(datum.loss_fn_inputs["target_tokens"])
+    if target_tokens_T.ndim != 1:
+        seen, allowed = (
+            f"shape {list(target_tokens_T.shape)}",
+            f"must be [{datum.num_tokens}]: a token was sampled alone",
+        )
+        raise InvalidInput(f"{where}.loss_fn_inputs.target_tokens", seen, allowed)
     inputs, targets = f"{where}.model_input_spans", f"{where}.loss_fn_input_spans"
     _check_spans(datum.input_spans, inputs, datum.num_tokens, records)
     _check_spans(datum.target_spans, targets, datum.num_tokens, records)
@@ -79,7 +92,6 @@ def _resolved(datum: Datum, where: str, records: Mapping[str, RecordedSequence])
     for index, span in enumerate(datum.input_spans):
         _check_tokens(span, f"{inputs}[{index}]", datum.tokens_T[position : position + span.length], records)
         position += span.length
-    target_tokens_T = np.asarray(datum.loss_fn_inputs["target_tokens"])
     logprobs_T = np.zeros(datum.num_tokens, dtype=np.float32)
     is_sampled_T = np.zeros(datum.num_tokens, dtype=np.float32)
     position = 0
