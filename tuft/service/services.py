@@ -138,6 +138,7 @@ class Services:
                 self.samplers.sweep,
                 self.completions.sweep,
                 self.custom_losses.sweep,
+                self.provenance.sweep,
                 self.checkpoints.expire,
                 self.sessions.sweep,
                 self.usage.sweep,
@@ -147,7 +148,6 @@ class Services:
                     sweep()
                 except StorageError as error:  # the next round may do better
                     log.error("housekeeping failed", error=str(error))
-            self.provenance.sweep()
 
 
 def open_tenants(config: Config, database: Database) -> Tenants:
