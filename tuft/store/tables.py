@@ -121,6 +121,7 @@ checkpoints = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("user_metadata", JSON, nullable=False),
+    Column("saved_seq", BigInteger),
     PrimaryKeyConstraint("run_id", "kind", "name"),
     Index("checkpoints_of_tenant", "tenant_id", "created_at"),
     Index("checkpoints_of_directory", "directory"),
@@ -139,8 +140,48 @@ samplers = Table(
     Column("inflight_run_id", ForeignKey("runs.run_id")),
     Column("num_joined", Integer, nullable=False, server_default="0"),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("saved_seq", BigInteger),
     UniqueConstraint("session_id", "sampling_session_seq_id"),
     Index("samplers_of_directory", "directory"),
+)
+
+# Every acknowledged request whose answer is a future: an operation of a run, a sample, ... ``subject_id`` and ``seq`` are
+# what its client counts it by. ``request`` and ``result`` are encoded records (``tuft.encoding``); a large one is a file
+# (``store.spool``), and null here. ``outcome`` is null while the future is pending, then "ok" or "failed"; ``result_bytes``
+# is null once the result is no longer kept. ``forget_at``: when the result may go, moved once it has been delivered.
+futures = Table(
+    "futures",
+    metadata,
+    Column("future_id", String(64), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("subject_id", String(128), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("request_bytes", BigInteger, nullable=False),
+    Column("request", LargeBinary),
+    Column("accepted_at", UtcDateTime, nullable=False),
+    Column("outcome", String(8)),
+    Column("settled_at", UtcDateTime),
+    Column("result_bytes", BigInteger),
+    Column("result", LargeBinary),
+    Column("forget_at", UtcDateTime),
+    UniqueConstraint("kind", "subject_id", "seq"),
+    Index("futures_by_outcome", "outcome"),
+    Index("futures_by_forgetting", "forget_at"),
+)
+
+# The newest state of each run on disk: all operations up to ``seq``.
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("run_id", ForeignKey("runs.run_id"), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("directory", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
 )
 
 # Samples of whose end their clients have not been told. A sampler may be forgotten before its samples.
