@@ -145,10 +145,10 @@ samplers = Table(
     Index("samplers_of_directory", "directory"),
 )
 
-# Every acknowledged request whose answer is a future: an operation of a run, a sample, ... ``subject_id`` and ``seq`` are
-# what its client counts it by. ``request`` and ``result`` are encoded records (``tuft.encoding``); a large one is a file
-# (``store.spool``), and null here. ``outcome`` is null while the future is pending, then "ok" or "failed"; ``result_bytes``
-# is null once the result is no longer kept. ``forget_at``: when the result may go, moved once it has been delivered.
+# Every acknowledged request whose answer is a future: an operation of a run, a sample, ... Its client counts it by
+# ``subject_id`` and ``seq``. ``request`` and ``result`` are encoded records (``tuft.encoding``); a large one is a file
+# (``store.spool``), and null here. ``outcome`` is null while the future is pending, then "ok" or "failed";
+# ``result_bytes`` is null once the result is no longer kept. ``forget_at``: when it may go; sooner once delivered.
 futures = Table(
     "futures",
     metadata,
