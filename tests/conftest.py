@@ -15,6 +15,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.databases import (  # noqa: F401  (fixtures)
+    database_url,
+    empty_database_url,
+    empty_postgres_url,
+    migrated_postgres,
+    postgres_server,
+    postgres_url,
+)
 from tests.models.tiny import make_tiny_model
 from tuft.app import open_store
 from tuft.config import load_config

@@ -13,18 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import uvicorn
-
 from tuft.api.http import create_app
-from tuft.config import Config
+from tuft.config import ALL_SCOPES, Config
+from tuft.connections import HttpServer
 from tuft.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, find_embedded
 from tuft.engine.base import BaseModelSource, EngineSettings
 from tuft.engine.worker import EngineProcess
 from tuft.errors import ConfigError, StorageError
 from tuft.service.services import Services
 from tuft.service.tenants import DEFAULT_TENANT, Tenants
+from tuft.store.claims import describe_server
 from tuft.store.db import Database, open_database, sqlite_url
 from tuft.types import BaseModelInfo
+
+_LOOK_INTERVAL_S = 1.0
 
 
 def prepare_home(home: Path) -> None:
@@ -36,10 +38,12 @@ def prepare_home(home: Path) -> None:
         raise StorageError(f"home {home} cannot be used: {error.strerror}; choose another with --home") from error
 
 
-def open_store(config: Config) -> Database:
-    """The home's database, brought to the newest schema; safe beside a running server."""
+def open_store(config: Config, serving: str | None = None) -> Database:
+    """The home's database, brought to the newest schema; safe beside a running server. ``serving`` is the server's own:
+    it describes it to the next one, which is refused."""
     prepare_home(config.home)
-    return open_database(config.database_url or sqlite_url(config.home))
+    url = sqlite_url(config.home) if config.database_url is None else config.database_url.get_secret_value()
+    return open_database(url, serving)
 
 
 def model_sources(config: Config) -> list[BaseModelSource]:
@@ -70,7 +74,7 @@ def model_sources(config: Config) -> list[BaseModelSource]:
 def start_engine(config: Config) -> EngineProcess:
     """The engine's process, loading; ``wait_ready`` tells when it can compute."""
     kernel_cache = str(config.home / "kernels") if config.engine.compiled_kernels else None
-    options = config.engine.model_dump(exclude={"compiled_kernels", "micro_batch_tokens"})
+    options = config.engine.model_dump(exclude={"compiled_kernels", "micro_batch_tokens", "run_memory_gib"})
     pass_tokens = config.engine.micro_batch_tokens or 0
     settings = EngineSettings(**options, micro_batch_tokens=pass_tokens, kernel_cache=kernel_cache)
     engine = EngineProcess(model_sources(config), settings)
@@ -91,7 +95,7 @@ def ensure_first_key(config: Config, tenants: Tenants) -> tuple[str | None, bool
         return kept, False
     if config.keys or tenants.has_keys():
         return None, False
-    key = tenants.create_key(DEFAULT_TENANT)
+    key = tenants.create_key(DEFAULT_TENANT, scopes=ALL_SCOPES)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as opened:
         opened.write(key + "\n")
@@ -114,7 +118,7 @@ def serve(config: Config, audience: Audience) -> None:
     with _locked(config.home):
         listener = _listen(config)
         _raise_open_file_limit()
-        database = open_store(config)
+        database = open_store(config, serving=describe_server(config.home))
         engine = start_engine(config)
         try:
             asyncio.run(_serve(config, database, engine, listener, audience))
@@ -136,14 +140,13 @@ async def _serve(
     key, key_is_new = ensure_first_key(config, services.tenants)
     host, port = listener.getsockname()[:2]
     url = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"  # noqa: S104
-    server = _Server(
-        uvicorn.Config(create_app(services), log_config=None, access_log=False, timeout_keep_alive=75, lifespan="off")
-    )
+    server = HttpServer(create_app(services), config)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
+    watching = asyncio.create_task(_end_without(database, stop))
     try:
         audience.listening(url, key, key_is_new)
         loading = asyncio.create_task(asyncio.to_thread(engine.wait_ready))
@@ -155,17 +158,17 @@ async def _serve(
         audience.stopping()
     finally:
         stopping.cancel()
+        watching.cancel()
         await services.stop()
         server.should_exit = True
         await serving
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to us: queued work ends before the listener does."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+async def _end_without(database: Database, stop: asyncio.Event) -> None:
+    """Housekeeping, if nothing else, finds out that another server has the database."""
+    while not database.is_lost:
+        await asyncio.sleep(_LOOK_INTERVAL_S)
+    stop.set()
 
 
 def _listen(config: Config) -> socket.socket:
@@ -190,9 +193,9 @@ def _locked(home: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(f"home {home} is in use by the server with process id {file.read().strip()}") from None
+            raise ConfigError(f"home {home} is in use by another server: {file.read().strip()}") from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(describe_server(home))
         file.flush()
         yield
 

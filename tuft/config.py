@@ -20,6 +20,11 @@ API_KEY_PREFIX = "tml-"
 """The SDK refuses keys without it (since 0.8.1), so no other key is ever minted or accepted."""
 
 
+Scope = Literal["train", "sample", "read", "admin"]
+"""What an API key may be used for: runs and checkpoints; samples; looking and downloading; other tenants' keys."""
+ALL_SCOPES: tuple[Scope, ...] = ("train", "sample", "read", "admin")
+USER_SCOPES: tuple[Scope, ...] = ("train", "sample", "read")
+
 DEFAULT_PROJECT = "default"
 """Every tenant's own project: that of sessions which name none."""
 
@@ -39,6 +44,17 @@ class ServerSection(_Section):
         description="the SDK exchanges its API key for a JWT, in which whoami reads; false: it sends the key itself",
     )
     long_poll_s: float = Field(30.0, gt=0, le=40, description="how long retrieve_future holds before it answers 408")
+    header_timeout_s: float = Field(
+        20.0, gt=0, description="how long a connection may take to send a request's head; then it is closed"
+    )
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="in each such time, a sender must bring min_bytes_per_s of its body and a reader take as much of "
+        "its answer; else the connection is closed",
+    )
+    min_bytes_per_s: float = Field(16_384.0, gt=0, description="slowest sender or reader, see body_timeout_s")
+    keep_alive_s: float = Field(75.0, gt=0, description="how long a connection may stay open between requests")
 
 
 class BaseModelSection(_Section):
@@ -81,6 +97,12 @@ class EngineSection(_Section):
         description="GPU memory for adapters and their optimizer state; those used longest ago wait in the host's "
         "memory; default: what the memory plan leaves free",
     )
+    run_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory of the host for adapters and optimizers of training runs; those used longest ago leave for "
+        "the disk, and come back when they are used; default: 40 % of the machine's",
+    )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
 
 
@@ -89,7 +111,44 @@ class LimitsSection(_Section):
 
     max_rank: int = Field(256, ge=1, description="largest LoRA rank")
     max_request_bytes: int = Field(128 * 2**20, ge=2**20, description="largest request body, before and after zstd")
+    max_control_bytes: int = Field(
+        2**20, ge=2**12, description="largest body of a request that carries neither training data nor a prompt"
+    )
+    max_inflight_bytes: int = Field(
+        2**30,
+        ge=2**22,
+        description="bodies that are being received or decoded, and large answers that are being sent, together; "
+        "requests beyond wait, then get 503",
+    )
+    max_header_bytes: int = Field(2**15, ge=2**10, description="largest head of a request: its line and headers")
+    max_connections: int = Field(
+        20_000,
+        ge=8,
+        description="open connections; beyond them the one that has been idle longest is closed for a new one, and "
+        "where none is idle the new one gets 503",
+    )
+    max_data: int = Field(4096, ge=1, description="data of one forward_backward; the SDK sends up to 1024")
+    max_tokens: int = Field(2**22, ge=1, description="tokens of all data of one forward_backward")
+    max_prompt_tokens: int = Field(
+        2**20, ge=1, description="tokens of one prompt, whatever the base model; its context is the other limit"
+    )
+    max_chunks: int = Field(2**14, ge=1, description="chunks of one datum or prompt")
+    max_names: int = Field(64, ge=1, description="inputs of one datum; options of one loss")
     max_num_samples: int = Field(128, ge=1, description="largest num_samples of one sample request")
+    max_stops: int = Field(64, ge=0, description="stop strings or stop tokens of one sample request")
+    max_stop_bytes: int = Field(1024, ge=1, description="longest stop string in UTF-8")
+    max_topk: int = Field(1024, ge=0, description="most tokens with logprobs at one place of a prompt or sample")
+    max_logprobs: int = Field(
+        2**22, ge=1, description="most logprobs that one option of a sample request may ask for; each is 8 bytes"
+    )
+    max_name_chars: int = Field(128, ge=1, le=128, description="longest name of a checkpoint, project or custom loss")
+    max_text_chars: int = Field(1000, ge=128, description="any other text in a request: ids, paths, tags, labels")
+    max_tags: int = Field(64, ge=0, description="tags of one session")
+    max_metadata_bytes: int = Field(2**14, ge=0, description="user_metadata of one object")
+    max_listed_ids: int = Field(100_000, ge=1, description="futures that one retrieve_futures may name as read")
+    max_recipients: int = Field(10, ge=1, description="age recipients of one save_weights_external")
+    max_custom_losses: int = Field(128, ge=1, description="custom losses of one session")
+    max_loss_nodes: int = Field(2000, ge=1, le=2000, description="nodes of the graph of one custom loss")
     max_runs_per_tenant: int = Field(64, ge=1, description="training runs of one tenant that may be loaded at once")
     max_pending_per_tenant: int = Field(20_000, ge=1, description="operations and samples of one tenant that may wait")
     result_retention_s: float = Field(600.0, ge=1, description="how long a result is kept after it was delivered")
@@ -103,11 +162,85 @@ class LimitsSection(_Section):
     seq_gap_timeout_s: float = Field(330.0, ge=1, description="how long an operation waits for a missing earlier seq")
 
 
+class QuotasSection(_Section):
+    """What each tenant may have, unless ``tuft quota set`` says otherwise; without a value there is no limit. Further
+    ones are ``limits.max_runs_per_tenant`` and ``limits.max_pending_per_tenant``."""
+
+    requests_per_s: float | None = Field(
+        None, gt=0, description="requests a second, but for those that only wait for results or keep a session alive"
+    )
+    resident_bytes: int | None = Field(None, ge=0, description="memory of the adapters and optimizers of loaded runs")
+    stored_bytes: int | None = Field(None, ge=0, description="size of all checkpoints")
+    tokens_per_day: int | None = Field(
+        None, ge=0, description="tokens trained, prefilled and sampled in a day (UTC), those of waiting work included"
+    )
+    spend_per_day: float | None = Field(None, ge=0, description="cost of a day (UTC), in prices.currency")
+    spend_per_month: float | None = Field(None, ge=0, description="cost of a calendar month (UTC)")
+    spend_total: float | None = Field(None, ge=0, description="cost of everything")
+    pause_s: float = Field(
+        32 * 86_400.0,
+        ge=0,
+        description="how long the SDK (0.20 and newer) waits for a cap on tokens or spending to be lifted, rather than "
+        "to raise BillingError",
+    )
+
+
+class ModelPriceSection(_Section):
+    """Prices of one base model, where they are not those of all."""
+
+    train: float | None = Field(None, ge=0, le=1e6, description="the base model's own price, as prices.train")
+    prefill: float | None = Field(None, ge=0, le=1e6, description="as prices.prefill")
+    cached_prefill: float | None = Field(None, ge=0, le=1e6, description="as prices.cached_prefill")
+    sample: float | None = Field(None, ge=0, le=1e6, description="as prices.sample")
+    storage: float | None = Field(None, ge=0, le=1e6, description="as prices.storage")
+
+
+class PricesSection(_Section):
+    """What things cost. A price of 0 costs nothing, and the API's costs are then null."""
+
+    currency: str = Field("USD", min_length=1, max_length=8, description="of all prices and spend caps")
+    train: float = Field(0.0, ge=0, le=1e6, description="a million tokens trained (forward or forward_backward)")
+    prefill: float = Field(0.0, ge=0, le=1e6, description="a million tokens of prompts")
+    cached_prefill: float = Field(0.0, ge=0, le=1e6, description="a million prompt tokens found in the prefix cache")
+    sample: float = Field(0.0, ge=0, le=1e6, description="a million tokens sampled")
+    storage: float = Field(0.0, ge=0, le=1e6, description="a gigabyte (10^9 bytes) of checkpoints for 720 hours")
+    models: dict[str, ModelPriceSection] = Field({}, description="by the name of a base model")
+
+
+class JournalSection(_Section):
+    """What is acknowledged is on the disk; this says how much of it is in memory, too, and how soon a run is back after
+    a crash."""
+
+    snapshot_interval_s: float = Field(
+        60.0,
+        gt=0,
+        description="a run that changes is written down again after so long; what the engine computed since is computed "
+        "again after a crash, so this is about the longest that takes",
+    )
+    held_request_bytes: int = Field(
+        2**29, ge=0, description="training data of waiting operations kept in memory; beyond that they wait on the disk"
+    )
+    cached_result_bytes: int = Field(2**27, ge=0, description="results kept in memory, although they are on the disk")
+
+
+class StorageSection(_Section):
+    """How saved weights are kept."""
+
+    min_free_bytes: int = Field(
+        2**26, ge=0, description="a save that would leave less of the disk free is refused: the database needs room"
+    )
+    verify_interval_days: float = Field(7.0, gt=0, description="how often every checkpoint is read through")
+    verify_bytes_per_s: float = Field(2**24, gt=0, description="how fast that is done at most, on average")
+
+
 class KeySection(_Section):
     """An API key given by the configuration. ``tuft key create`` makes better ones: they are stored hashed."""
 
     tenant: str = Field(min_length=1, max_length=64, description="whose key it is")
     key: SecretStr = Field(description="the key itself; begins with tml-")
+    scopes: tuple[Scope, ...] = Field(
+        USER_SCOPES, min_length=1, description="what it may be used for: any of train, sample, read, admin"
+    )
 
     @field_validator("key")
     @classmethod
@@ -141,11 +274,19 @@ class Config(BaseSettings):
     home: Path = Field(
         Path("~/.tuft"), validate_default=True, description="directory of the database, keys and checkpoints"
     )
-    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home")
-    api_key: SecretStr | None = Field(None, description="TUFT_API_KEY: a further key for the tenant 'default'")
+    database_url: SecretStr | None = Field(
+        None, description="postgresql://USER:PASSWORD@HOST:PORT/NAME, or sqlite:////PATH; default: SQLite in the home"
+    )
+    api_key: SecretStr | None = Field(
+        None, description="TUFT_API_KEY: a further key for the tenant 'default', of every scope"
+    )
     server: ServerSection = ServerSection()
     engine: EngineSection = EngineSection()
     limits: LimitsSection = LimitsSection()
+    journal: JournalSection = JournalSection()
+    storage: StorageSection = StorageSection()
+    quotas: QuotasSection = QuotasSection()
+    prices: PricesSection = PricesSection()
     base_models: tuple[BaseModelSection, ...] = ()
     keys: tuple[KeySection, ...] = ()
     projects: tuple[ProjectSection, ...] = ()
@@ -168,6 +309,14 @@ class Config(BaseSettings):
                 if name in seen:
                     raise ValueError(f"base_models: the name {name!r} is used twice")
                 seen.add(name)
+        return self
+
+    @model_validator(mode="after")
+    def _priced_models_are_served(self) -> Config:
+        served = [model.name for model in self.base_models]
+        for name in self.prices.models if served else ():
+            if name not in served:
+                raise ValueError(f"prices.models: {name!r} is not among base_models: {', '.join(served)}")
         return self
 
     @model_validator(mode="after")
@@ -231,7 +380,7 @@ def _problems(error: ValidationError) -> list[str]:
         option = ".".join(str(part) for part in item["loc"]) or "configuration"
         if item["type"] == "extra_forbidden":
             lines.append(f"{option}: unknown option; `tuft config --show` lists all")
-        elif "key" in option:
+        elif "key" in option or option == "database_url":
             lines.append(f"{option}: {item['msg']}")
         else:
             lines.append(f"{option}: got {item['input']!r}; {item['msg']}")

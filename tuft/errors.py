@@ -9,14 +9,18 @@
     │   ├── NotFound              no such object among the caller's own
     │   ├── Gone                  a future that is unknown, or no longer kept
     │   ├── TooLarge              a request body over the limit
-    │   ├── QuotaExceeded         the tenant has as much at once as it may; later is fine
+    │   ├── SeqReused             a seq that another request had before: a retry must repeat what it retries
+    │   ├── QuotaExceeded         the tenant or the key has as much at once as it may; later is fine
+    │   │   └── CapReached        as much as it may in all, or until a date: its work waits for that, or for a raise
     │   └── RunLost               the run's live state is gone; names what can be loaded instead
     └── ServerError               the server could not do its part
         ├── ConfigError           the configuration cannot be honoured
         ├── ModelError            a base model cannot be found, read or computed
         ├── EngineError           a computation failed
         │   └── EngineDied        the engine process ended while it held this work
-        └── StorageError          the disk or the database refused, or holds something damaged
+        ├── StorageError          the disk or the database refused
+        │   └── Damaged           what was saved is not what is there now: another checkpoint may be whole
+        └── Overloaded            other requests hold what this one needs; soon is fine
 
 ``category`` is what the wire calls it (``user`` or ``server``); ``api.http`` alone turns a class into
 a status code.
@@ -25,13 +29,25 @@ a status code.
 from __future__ import annotations
 
 import reprlib
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 
 class TuftError(Exception):
     """Base of all errors raised on purpose; ``str(error)`` is fit for the caller's eyes."""
 
     category: ClassVar[str] = "server"
+    refused: tuple[str, str] | None = None
+    """What was asked for and not found: its kind, and its id. See ``refusing``."""
+
+
+E = TypeVar("E", bound=TuftError)
+
+
+def refusing(kind: str, named: str, error: E) -> E:
+    """``error``, raised because nothing of that id is the caller's: nobody's is, or it is another tenant's. The caller
+    must not learn which; ``service.ownership`` finds out later."""
+    error.refused = (kind, named)
+    return error
 
 
 class UserError(TuftError):
@@ -99,7 +115,22 @@ class TooLarge(UserError):
     pass
 
 
+class SeqReused(UserError):
+    pass
+
+
 class QuotaExceeded(UserError):
+    """``retry_after_s``: when it is worth trying again, in seconds; None if the quota does not say."""
+
+    def __init__(self, message: str = "", retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message, retry_after_s)  # both, so that it survives pickling
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CapReached(QuotaExceeded):
     pass
 
 
@@ -128,4 +159,12 @@ class EngineDied(EngineError):
 
 
 class StorageError(ServerError):
+    pass
+
+
+class Damaged(StorageError):
+    pass
+
+
+class Overloaded(ServerError):
     pass

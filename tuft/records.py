@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
 
+from tuft.config import USER_SCOPES, Scope
 from tuft.errors import InvalidInput
 from tuft.types import CheckpointKind, Float32Array, Int64Array, LoraSpec, Optimizer
 
@@ -15,6 +16,7 @@ RunStatus = Literal["creating", "live", "failed", "unloaded", "lost"]
 """``lost``: the engine or the server ended while the run was live; its saved checkpoints are all that is left of it."""
 
 URN_PREFIX = "urn:tuft:tenant:"
+_OPERATOR_PREFIX = "urn:tuft:operator:"
 
 _PATH_SEGMENT: Mapping[CheckpointKind, str] = {
     "training": "weights",
@@ -32,29 +34,84 @@ def now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
+    """``key_number``: that of the API key by which it calls, 0 where none does."""
+
     tenant_id: str
     name: str
+    key_number: int = field(default=0, compare=False)
 
     @property
     def urn(self) -> str:
         """What the API calls a user or an owner."""
         return f"{URN_PREFIX}{self.name}"
 
+    def owns(self, thing: Owned) -> bool:
+        """Whether a thing in memory is the tenant's; of rows, the query asks that (``store.ownership``)."""
+        return thing.tenant_id == self.tenant_id
+
+
+class Owned(Protocol):
+    @property
+    def tenant_id(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """Whoever runs commands on the server's machine, by the name that the machine knows them by."""
+
+    name: str
+
+    @property
+    def urn(self) -> str:
+        return f"{_OPERATOR_PREFIX}{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSummary:
+    """A tenant as the operator sees it. ``num_keys`` counts those that open the door now."""
+
+    tenant: Tenant
+    created_at: datetime
+    suspended_at: datetime | None
+    num_keys: int
+
+
+KeyState = Literal["valid", "expired", "revoked", "suspended"]
+
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """``key_id`` is a hash of the key, ``hint`` its last characters; ``created_at`` is None for one that the
-    configuration gives."""
+    """``key_id`` is a hash of the key, ``hint`` its last characters, ``name`` what its owner calls it, if anything;
+    ``created_at`` is None for one that the configuration gives. ``suspended``: its tenant is."""
 
     key_id: str
     tenant: Tenant
     hint: str
     created_at: datetime | None
+    name: str = ""
+    scopes: tuple[Scope, ...] = USER_SCOPES
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    suspended: bool = False
 
     @property
     def number(self) -> int:
         """What the API calls the key: the first 48 bits of its id, which every JSON reader holds exactly."""
         return int(self.key_id[:12], 16)
+
+    @property
+    def caller(self) -> Tenant:
+        """The tenant, as one who calls by this key."""
+        return replace(self.tenant, key_number=self.number)
+
+    def state(self, moment: datetime) -> KeyState:
+        """Whether it opens the door at that moment, or why not."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and moment >= self.expires_at:
+            return "expired"
+        return "suspended" if self.suspended else "valid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +193,7 @@ class Run:
     last_request_at: datetime
     user_metadata: Mapping[str, str]
     optimizer: Optimizer = "adamw"
+    key_number: int = 0
 
     @property
     def corrupted(self) -> bool:
@@ -169,7 +227,7 @@ class CheckpointPath:
 
 
 def valid_name(name: str, field: str) -> str:
-    """``name`` if it can name a tenant, a checkpoint or a directory; else InvalidInput naming ``field``."""
+    """``name`` if it can name a tenant, a key, a checkpoint or a directory; else InvalidInput naming ``field``."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(field, name, _NAME_RULE)
     return name
@@ -179,7 +237,9 @@ def valid_name(name: str, field: str) -> str:
 class Checkpoint:
     """A saved adapter. ``directory`` is relative to the home's ``checkpoints``; a new save never reuses one, so that
     the row's commit is the moment at which a name changes its meaning; a copy shares its source's. ``public``: every
-    tenant may read it."""
+    tenant may read it. ``digest``: that of the manifest of its files, which older servers did not keep; ``damage``: what
+    was wrong with them when they were last looked at, None if nothing was. ``saved_seq``: the operation of the run that
+    saved it."""
 
     path: CheckpointPath
     tenant_id: str
@@ -193,13 +253,16 @@ class Checkpoint:
     user_metadata: Mapping[str, str]
     optimizer: Optimizer = "adamw"
     public: bool = False
+    digest: str | None = None
+    damage: str | None = None
+    saved_seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerInfo:
     """A sampling session: the base model itself (``model_path`` and ``directory`` None), a saved checkpoint, or the
-    ephemeral weights in ``directory`` (``model_path`` None). Those with ``inflight_run_id`` share the weights that this
-    run published last."""
+    ephemeral weights in ``directory`` (``model_path`` None), which operation ``saved_seq`` of a run saved. Those with
+    ``inflight_run_id`` share the weights that this run published last."""
 
     sampler_id: str
     tenant_id: str
@@ -210,6 +273,7 @@ class SamplerInfo:
     directory: str | None
     created_at: datetime
     inflight_run_id: str | None = None
+    saved_seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,21 +305,85 @@ class RecordedSequence:
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """``event`` reads ``<resource>_<action>``; ``details`` say who did it (``actor``) and what it was about."""
+    """``event`` reads ``<resource>_<action>``; ``details`` say who did it (``actor``) and what it was about; ``tenant``
+    is the name of whom it concerns."""
 
     at: datetime
     event: str
     details: Mapping[str, str | int | None]
+    tenant: str = ""
 
 
 class UsageKey(NamedTuple):
-    """What usage is counted by. ``session_id`` is empty where there is none."""
+    """What usage is counted by. ``session_id`` is empty and ``key_number`` 0 where there is none. ``rate``: its price
+    when it was used (``rate_of``)."""
 
     tenant_id: str
     hour: datetime
     session_id: str
     base_model: str
     kind: str
+    key_number: int = 0
+    rate: int = 0
+
+
+GIGABYTE = 10**9
+GIGABYTE_MONTH = GIGABYTE * 720 * 3600
+"""In byte seconds: a month has 720 hours, as the API defines it."""
+_RATES_A_UNIT = 10**9  # rates and costs are whole numbers, so that they add up exactly
+COSTS_A_UNIT = 10**15
+
+
+def rate_of(price: float) -> int:
+    """A price in units of the currency, for a million tokens or a gigabyte month, as a rate."""
+    return round(price * _RATES_A_UNIT)
+
+
+def price_of(rate: int) -> float:
+    return rate / _RATES_A_UNIT
+
+
+def cost_of(kind: str, quantity: int, rate: int) -> int:
+    """In ``COSTS_A_UNIT`` of a unit of the currency: that of tokens, or of the byte seconds of ``storage``."""
+    return quantity * rate * 10**6 // GIGABYTE_MONTH if kind == "storage" else quantity * rate
+
+
+QuotaName = Literal[
+    "requests_per_s",
+    "concurrent_runs",
+    "queued_operations",
+    "resident_bytes",
+    "stored_bytes",
+    "tokens_per_day",
+    "spend_per_day",
+    "spend_per_month",
+    "spend_total",
+]
+QUOTA_NAMES: tuple[QuotaName, ...] = get_args(QuotaName)
+"""What a tenant, or one key of theirs, may have no more of. Spending is counted in units of the currency."""
+
+
+class Holder(NamedTuple):
+    """Whose quota it is: the tenant's or, unless it is 0, one key's alone."""
+
+    tenant_id: str
+    key_number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a request may use at most: tokens by kind (as ``UsageKey.kind``), and bytes of checkpoints."""
+
+    base_model: str = ""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    stored_bytes: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens.values())
+
+
+NOTHING = Charge()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +397,13 @@ class UsageRow:
     quantity: int
     project_id: str | None
     user_metadata: Mapping[str, str] | None
+    key_number: int = 0
+    rate: int = 0
+
+    @property
+    def cost(self) -> float:
+        """In units of the currency."""
+        return cost_of(self.kind, self.quantity, self.rate) / COSTS_A_UNIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,3 +414,47 @@ class CheckpointStorage:
     owner: Tenant
     num_checkpoints: int
     num_bytes: int
+
+
+FutureKind = Literal["operation", "sample", "custom_loss", "unload"]
+Outcome = Literal["ok", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class FutureKey:
+    """What a client counts a request by: (run, seq), (sampling session, seq), (loss, its seq). A retry has the same."""
+
+    kind: FutureKind
+    subject_id: str
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class JournaledFuture:
+    """An acknowledged request. ``digest`` is that of what its client sent; ``num_rows`` what a loss needs of a pass.
+    ``outcome`` is None while it is pending, ``result_bytes`` also once its result is no longer kept."""
+
+    future_id: str
+    tenant_id: str
+    key_number: int
+    key: FutureKey
+    name: str
+    digest: str
+    num_rows: int
+    request_bytes: int
+    accepted_at: datetime
+    charge: Charge = field(default_factory=Charge)
+    outcome: Outcome | None = None
+    result_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run's state after all operations up to ``seq``, in ``directory`` of the home's ``snapshots``, with the digest of
+    its manifest."""
+
+    run_id: str
+    seq: int
+    directory: str
+    size_bytes: int
+    digest: str

@@ -324,7 +324,9 @@ FutureResult = (
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An operation that failed: the text is for the user; ``category`` as the wire calls it."""
+    """An operation that failed: the text is for the user; ``category`` as the wire calls it. ``refused``: what it
+    asked for in vain, see ``errors.refusing``."""
 
     message: str
     category: Literal["user", "server"]
+    refused: tuple[str, str] | None = field(default=None, compare=False)

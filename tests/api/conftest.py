@@ -12,13 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from starlette.types import ASGIApp
 
 from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, SHARED_PROJECT, new_session, post, result
 from tuft.api.http import create_app
 from tuft.app import model_sources, open_store, start_engine
 from tuft.config import Config
+from tuft.connections import HttpServer
 from tuft.engine.base import EngineSettings
 from tuft.engine.worker import EngineProcess
 from tuft.service.services import Services
@@ -83,7 +83,7 @@ def serving(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     app = around(create_app(services))
-    http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    http = HttpServer(app, config)
     started = threading.Event()
 
     async def serve() -> None:

@@ -12,9 +12,11 @@ from tests.api.conftest import Served
 from tuft.api import body
 from tuft.api.optimizers import OptimStep, step_params
 from tuft.api.training import CreateModel, Envelope
+from tuft.config import LimitsSection
 from tuft.errors import InvalidInput
 from tuft.types import AdamParams, LoraSpec
 
+LIMITS = LimitsSection()
 ZSTD = {"Content-Encoding": "zstd"}
 
 
@@ -97,16 +99,18 @@ def test_a_wrong_field_is_named_with_the_value_seen(model: Any, content: bytes, 
 
 
 def test_metadata_values_become_texts() -> None:
-    assert body.texts({"a": "b", "n": 1, "d": {"x": None}}) == {"a": "b", "n": "1", "d": '{"x": null}'}
-    assert body.texts(None) == {}
+    assert body.texts({"a": "b", "n": 1, "d": {"x": None}}, LIMITS) == {"a": "b", "n": "1", "d": '{"x": null}'}
+    assert body.texts(None, LIMITS) == {}
 
 
 def test_metadata_that_no_list_could_show_is_refused(server: Served) -> None:
-    largest = {"a": "é" * ((body.MAX_METADATA_BYTES - 1) // 2)}
+    largest = {"a": "é" * ((LIMITS.max_metadata_bytes - 1) // 2)}
     assert post(server.alice, "create_session", user_metadata=largest).status_code == 200
     response = post(server.alice, "create_session", user_metadata={**largest, "b": 1})
     assert response.status_code == 400
-    assert response.json()["detail"] == f"user_metadata: got '{2**14 + 1} bytes'; must be at most {2**14}"
+    assert response.json()["detail"] == (
+        f"user_metadata: got '{2**14 + 1} bytes'; must be at most {2**14} (limits.max_metadata_bytes)"
+    )
 
 
 def test_what_fits_of_a_cut_off_frame_is_kept_for_its_envelope(server: Served, run_id: str) -> None:

@@ -9,6 +9,8 @@ from tuft.api.document import readers
 from tuft.api.http import API_PREFIX, ROUTERS, create_app
 
 WITHOUT_BODY = {
+    ("POST", f"{API_PREFIX}/admin/tenants/{{tenant_name}}/resume"),
+    ("POST", f"{API_PREFIX}/admin/tenants/{{tenant_name}}/suspend"),
     ("POST", f"{API_PREFIX}/auth/token"),
     ("POST", f"{API_PREFIX}/client/config"),
     ("POST", f"{API_PREFIX}/client/dynamic_config"),

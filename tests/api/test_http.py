@@ -27,6 +27,7 @@ EXPECTED = {
     "UserError": 400,
     "ModelError": 503,
     "EngineDied": 503,
+    "Overloaded": 503,
 }
 
 

@@ -16,9 +16,10 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 
 from tuft.api import wire
 from tuft.api.proto import wire_pb2
+from tuft.config import LimitsSection
 from tuft.errors import InvalidInput, TooLarge, UserError
 
-LIMIT = 2**20
+LIMITS = LimitsSection(max_request_bytes=2**20, max_data=4096, max_chunks=2**14, max_names=64)
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=20)
 
 
@@ -45,7 +46,7 @@ def datum(tokens: list[int], **inputs: Any) -> tinker.Datum:
 @given(TOKENS, npst.arrays(np.float32, st.integers(0, 20)), npst.arrays(np.int64, npst.array_shapes(max_dims=2)))
 def test_what_the_sdk_encodes_comes_out_bit_for_bit(tokens: list[int], weights: Any, targets: Any) -> None:
     body = sdk_body([datum(tokens, weights=weights, target_tokens=targets), datum([7], weights=weights)])
-    first, second = wire.decode_loss_request(body, LIMIT).data
+    first, second = wire.decode_loss_request(body, LIMITS).data
     assert first.tokens_T.tolist() == tokens
     assert first.tokens_T.dtype == np.int64
     np.testing.assert_array_equal(first.loss_fn_inputs["weights"], weights)
@@ -58,7 +59,7 @@ def test_what_the_sdk_encodes_comes_out_bit_for_bit(tokens: list[int], weights: 
 @given(npst.arrays(np.int64, st.tuples(st.integers(1, 8), st.integers(1, 30)), elements=st.integers(0, 3)))
 def test_two_dimensional_targets_come_out_dense_whether_sent_sparse_or_not(targets: Any) -> None:
     body = sdk_body([datum([1], target_tokens=torch.from_numpy(targets))])
-    (decoded,) = wire.decode_loss_request(body, LIMIT).data
+    (decoded,) = wire.decode_loss_request(body, LIMITS).data
     np.testing.assert_array_equal(decoded.loss_fn_inputs["target_tokens"], targets)
 
 
@@ -68,12 +69,12 @@ def test_the_sdk_does_send_mostly_empty_targets_sparse() -> None:
     body = sdk_body([datum([1], target_tokens=targets)])
     message = wire_pb2.ForwardBackwardRequest.FromString(body)
     assert message.data[0].loss_fn_inputs["target_tokens"].HasField("sparse_csr")
-    (decoded,) = wire.decode_loss_request(body, LIMIT).data
+    (decoded,) = wire.decode_loss_request(body, LIMITS).data
     np.testing.assert_array_equal(decoded.loss_fn_inputs["target_tokens"], targets.numpy())
 
 
 def test_dense_arrays_are_views_and_no_copies() -> None:
-    (decoded,) = wire.decode_loss_request(sdk_body([datum([1], weights=[0.5])]), LIMIT).data
+    (decoded,) = wire.decode_loss_request(sdk_body([datum([1], weights=[0.5])]), LIMITS).data
     weights = decoded.loss_fn_inputs["weights"]
     assert not weights.flags.owndata
     assert not weights.flags.writeable
@@ -82,7 +83,7 @@ def test_dense_arrays_are_views_and_no_copies() -> None:
 def test_several_chunks_are_one_prompt() -> None:
     model_input = tinker.ModelInput.from_ints([1, 2]).append(tinker.types.EncodedTextChunk(tokens=[3]))
     body = sdk_body([tinker.Datum(model_input=model_input, loss_fn_inputs={})])
-    (decoded,) = wire.decode_loss_request(body, LIMIT).data
+    (decoded,) = wire.decode_loss_request(body, LIMITS).data
     assert decoded.tokens_T.tolist() == [1, 2, 3]
 
 
@@ -94,7 +95,7 @@ def test_the_narrow_dtypes_are_widened_exactly() -> None:
     inputs["bf16"].dtype = wire_pb2.DTYPE_BFLOAT16
     inputs["int32"].dense = np.array([-1, 2**31 - 1], dtype="<i4").tobytes()
     inputs["int32"].dtype = wire_pb2.DTYPE_INT32
-    (decoded,) = wire.decode_loss_request(message.SerializeToString(), LIMIT).data
+    (decoded,) = wire.decode_loss_request(message.SerializeToString(), LIMITS).data
     np.testing.assert_array_equal(decoded.loss_fn_inputs["bf16"], numbers.float().numpy())
     assert decoded.loss_fn_inputs["int32"].tolist() == [-1, 2**31 - 1]
     assert decoded.loss_fn_inputs["int32"].dtype == np.int64
@@ -102,22 +103,22 @@ def test_the_narrow_dtypes_are_widened_exactly() -> None:
 
 def test_config_v2_is_preferred_and_keeps_texts() -> None:
     body = sdk_body([datum([1])], {"clip_low_threshold": 0.7, "mode": "token"})
-    assert wire.decode_loss_request(body, LIMIT).loss_fn_config == {"clip_low_threshold": 0.7, "mode": "token"}
+    assert wire.decode_loss_request(body, LIMITS).loss_fn_config == {"clip_low_threshold": 0.7, "mode": "token"}
     message = wire_pb2.ForwardBackwardRequest(loss_fn_config={"a": 1.0, "b": 2.0})
     message.loss_fn_config_v2["a"].number = 3.0
-    assert wire.decode_loss_request(message.SerializeToString(), LIMIT).loss_fn_config == {"a": 3.0, "b": 2.0}
+    assert wire.decode_loss_request(message.SerializeToString(), LIMITS).loss_fn_config == {"a": 3.0, "b": 2.0}
 
 
 @pytest.mark.parametrize("forward", [False, True])
 def test_forward_only_means_no_backward(forward: bool) -> None:
-    assert wire.decode_loss_request(sdk_body([datum([1])], forward=forward), LIMIT).backward is not forward
+    assert wire.decode_loss_request(sdk_body([datum([1])], forward=forward), LIMITS).backward is not forward
 
 
 @given(TOKENS, npst.arrays(np.float32, st.integers(0, 20), elements=st.floats(-1e6, 1e6, width=32)))
 def test_json_says_the_same_as_protobuf(tokens: list[int], weights: Any) -> None:
     targets = torch.tensor([[0] * 9 + [5]] * 4)
     sent = datum(tokens, weights=weights, target_tokens=targets)
-    in_proto = wire.decode_loss_request(sdk_body([sent], {"beta": 0.1}), LIMIT)
+    in_proto = wire.decode_loss_request(sdk_body([sent], {"beta": 0.1}), LIMITS)
     fields = {
         "data": [
             {
@@ -138,7 +139,7 @@ def test_json_says_the_same_as_protobuf(tokens: list[int], weights: Any) -> None
         "loss_fn_config": {"beta": 0.1},
         "of_a_later_sdk": 1,
     }
-    in_json = wire.decode_loss_request_json(fields, LIMIT, backward=True, field="forward_backward_input")
+    in_json = wire.decode_loss_request_json(fields, LIMITS, backward=True, field="forward_backward_input")
     assert in_json.loss_fn == in_proto.loss_fn
     assert in_json.loss_fn_config == in_proto.loss_fn_config
     (a,), (b,) = in_json.data, in_proto.data
@@ -149,12 +150,12 @@ def test_json_says_the_same_as_protobuf(tokens: list[int], weights: Any) -> None
 
 
 def test_json_chunks_of_old_sdks_need_no_type() -> None:
-    assert wire.prompt_tokens_json({"chunks": [{"tokens": [1]}, {"tokens": [2]}]}, "prompt").tolist() == [1, 2]
+    assert wire.prompt_tokens_json({"chunks": [{"tokens": [1]}, {"tokens": [2]}]}, "prompt", LIMITS).tolist() == [1, 2]
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_nothing_but_invalid_input(body: bytes) -> None:
-    for decode in (lambda: wire.decode_loss_request(body, LIMIT), lambda: wire.scan_envelope(body)):
+    for decode in (lambda: wire.decode_loss_request(body, LIMITS), lambda: wire.scan_envelope(body)):
         with contextlib.suppress(InvalidInput):
             decode()
 
@@ -169,7 +170,7 @@ def test_a_damaged_request_raises_nothing_but_user_errors_and_keeps_its_envelope
     damaged = bytes(body[: data.draw(st.integers(envelope_bytes, len(body)))])
     assert wire.scan_envelope(damaged) == ("session:train:0", 300)
     with contextlib.suppress(UserError):
-        wire.decode_loss_request(damaged, LIMIT)
+        wire.decode_loss_request(damaged, LIMITS)
 
 
 JSON_VALUES = st.recursive(
@@ -188,7 +189,7 @@ def test_json_of_any_shape_raises_nothing_but_user_errors(data: st.DataObject) -
     target = data.draw(st.sampled_from([tensor, chunk, item, item["model_input"], item["loss_fn_inputs"], request]))
     target[data.draw(st.sampled_from(sorted(target)))] = data.draw(JSON_VALUES)
     with contextlib.suppress(UserError):
-        wire.decode_loss_request_json(request, LIMIT, backward=True, field="forward_backward_input")
+        wire.decode_loss_request_json(request, LIMITS, backward=True, field="forward_backward_input")
 
 
 def sparse_message(shape: list[int], crow: list[int], col: list[int], num_values: int) -> bytes:
@@ -220,14 +221,14 @@ def test_a_wrong_sparse_tensor_is_named(
     shape: list[int], crow: list[int], col: list[int], num_values: int, field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
-        wire.decode_loss_request(sparse_message(shape, crow, col, num_values), LIMIT)
+        wire.decode_loss_request(sparse_message(shape, crow, col, num_values), LIMITS)
     assert caught.value.field == f"data[0].loss_fn_inputs.weights.{field}"
 
 
 def test_a_small_request_cannot_ask_for_a_huge_dense_tensor() -> None:
     body = sparse_message([2, 2**31], [0, 0, 0], [], 0)
     with pytest.raises(TooLarge, match="dense"):
-        wire.decode_loss_request(body, LIMIT)
+        wire.decode_loss_request(body, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_a_small_request_cannot_ask_for_a_huge_dense_tensor() -> None:
 def test_a_wrong_json_tensor_is_named_with_value_and_rule(tensor: dict[str, Any], complaint: str) -> None:
     request = {"data": [{"model_input": {"chunks": []}, "loss_fn_inputs": {"weights": tensor}}], "loss_fn": "x"}
     with pytest.raises(InvalidInput, match=r"^input\.data\[0\]\.loss_fn_inputs\.weights\." + complaint):
-        wire.decode_loss_request_json(request, LIMIT, backward=True, field="input")
+        wire.decode_loss_request_json(request, LIMITS, backward=True, field="input")
 
 
 @pytest.mark.parametrize(
@@ -259,9 +260,9 @@ def test_a_wrong_json_tensor_is_named_with_value_and_rule(tensor: dict[str, Any]
 def test_other_chunks_than_text_are_refused_by_name(chunk: Any) -> None:
     body = sdk_body([tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={})])
     with pytest.raises(InvalidInput, match=r"data\[0\]\.model_input\[0\]: got '(image|dmel)'; must be encoded_text"):
-        wire.decode_loss_request(body, LIMIT)
+        wire.decode_loss_request(body, LIMITS)
     with pytest.raises(InvalidInput, match=r"prompt\.chunks\[0\]\.type: got '(image|dmel)'; must be encoded_text"):
-        wire.prompt_tokens_json({"chunks": [{"type": chunk.type, "data": ""}]}, "prompt")
+        wire.prompt_tokens_json({"chunks": [{"type": chunk.type, "data": ""}]}, "prompt", LIMITS)
 
 
 def test_the_envelope_is_found_behind_other_fields_too() -> None:
@@ -285,14 +286,14 @@ def test_more_spans_than_tokens_are_refused_before_they_are_read(field: str) -> 
     for _ in range(3):
         getattr(datum, field).add()
     with pytest.raises(InvalidInput, match=rf"data\[0\].{field}: got '3 spans'; must be at most one"):
-        wire.decode_loss_request(message.SerializeToString(), LIMIT)
+        wire.decode_loss_request(message.SerializeToString(), LIMITS)
 
 
 def too_much(part: str) -> wire_pb2.ForwardBackwardRequest:
     message = wire_pb2.ForwardBackwardRequest(model_id="run", seq_id=1)
-    for _ in range(wire.MAX_DATA + 1 if part == "data" else 1):
+    for _ in range(LIMITS.max_data + 1 if part == "data" else 1):
         datum = message.data.add()
-    for number in range(wire.MAX_CHUNKS + 1):
+    for number in range(LIMITS.max_chunks + 1):
         match part:
             case "model_input":
                 datum.model_input.add()
@@ -306,18 +307,18 @@ def too_much(part: str) -> wire_pb2.ForwardBackwardRequest:
 @pytest.mark.parametrize("part", ["data", "model_input", "loss_fn_inputs", "loss_fn_config"])
 def test_more_than_a_client_has_reason_to_send_is_refused_before_it_is_read(part: str) -> None:
     with pytest.raises(InvalidInput, match=rf"{part}: got '\d+ of them'; must be at most"):
-        wire.decode_loss_request(too_much(part).SerializeToString(), LIMIT)
+        wire.decode_loss_request(too_much(part).SerializeToString(), LIMITS)
 
 
 @pytest.mark.parametrize(
     ("payload", "field"),
     [
-        ({"data": [{}] * (wire.MAX_DATA + 1)}, "p.data"),
-        ({"data": [{"model_input": {"chunks": [{}] * (wire.MAX_CHUNKS + 1)}}]}, r"p.data\[0\].model_input.chunks"),
+        ({"data": [{}] * (LIMITS.max_data + 1)}, "p.data"),
+        ({"data": [{"model_input": {"chunks": [{}] * (LIMITS.max_chunks + 1)}}]}, r"p.data\[0\].model_input.chunks"),
         ({"data": [], "loss_fn_config": dict.fromkeys(map(str, range(99)), 1.0)}, "p.loss_fn_config"),
     ],
     ids=["data", "chunks", "config"],
 )
 def test_so_it_is_in_json(payload: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput, match=f"{field}: got '\\d+ of them'; must be at most"):
-        wire.decode_loss_request_json({"loss_fn": "ppo", **payload}, LIMIT, backward=True, field="p")
+        wire.decode_loss_request_json({"loss_fn": "ppo", **payload}, LIMITS, backward=True, field="p")

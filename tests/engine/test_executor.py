@@ -146,6 +146,14 @@ def test_no_command_passes_another_of_its_adapter(models: list[LoadedModel]) -> 
     assert losses[3] < losses[2] < losses[0]
 
 
+def test_what_goes_ahead_is_computed_before_what_waits_but_passes_none_of_its_adapter(
+    models: list[LoadedModel],
+) -> None:
+    ahead = [replace(loss(name, 60), ahead=True) for name in "cb"]
+    said = replies(models, create("a", "b", "c"), [loss("a", 60)], [loss("b", 60)], ahead)
+    assert order(said, 3) == [2, 0, 1, 3]
+
+
 def test_adapters_that_leave_the_device_between_turns_are_none_the_worse(models: list[LoadedModel]) -> None:
     """Room for none: each turn fetches the adapters it wants and lets go of all others; a sample keeps its own."""
     sample = Sample(MODEL, "a", SampleSpec((5, 6, 7), SamplingParams(max_tokens=30, stop=(), seed=1)))

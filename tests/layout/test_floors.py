@@ -16,7 +16,8 @@ PACKAGE = ROOT / "tuft"
 
 GROUND = {
     "tuft",
-    *(f"tuft.{name}" for name in "config errors losses optimizers prefixes records tokens types".split()),
+    *(f"tuft.{name}" for name in "config errors fairness footprint losses optimizers prefixes records".split()),
+    *(f"tuft.{name}" for name in "tokens types".split()),
 }
 MAY_SEE = {
     "models": set(),
@@ -34,7 +35,7 @@ ONLY_IN = {
     "google": {"api"},
     "fastapi": {"api"},
     "starlette": {"api"},
-    "uvicorn": {"app"},
+    "uvicorn": {"connections"},
     "tinker": set(),
     "transformers": set(),
     "peft": set(),

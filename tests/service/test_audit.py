@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import date, timedelta
-from pathlib import Path
 
 import pytest
 
 from tuft.records import Tenant, now
 from tuft.service.audit import Audit
 from tuft.store.audit import AuditLog
-from tuft.store.catalog import Catalog
-from tuft.store.db import open_database, sqlite_url
+from tuft.store.db import open_database
+from tuft.store.tenants import TenantCatalog
 
 ALICE, BOB = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob")
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[AuditLog]:
-    database = open_database(sqlite_url(tmp_path))
+def log(database_url: str) -> Iterator[AuditLog]:
+    database = open_database(database_url)
     for tenant in (ALICE, BOB):
-        Catalog(database).ensure_tenant(tenant)
+        TenantCatalog(database).ensure_tenant(tenant)
     yield AuditLog(database)
     database.close()
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from tuft.records import SamplingClient
 from tuft.service.completions import Completions
 from tuft.service.futures import Futures
 from tuft.store.awaited import AwaitedSamples
-from tuft.store.db import Database, open_database, sqlite_url
+from tuft.store.db import Database, open_database
 from tuft.types import Failure
 
 FIRST, CLONE, OTHER = SamplingClient("s:sample:0"), SamplingClient("s:sample:0", 7), SamplingClient("s:sample:1")
@@ -18,8 +17,8 @@ DONE = Failure("any result will do", "user")
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = open_database(sqlite_url(tmp_path))
+def database(database_url: str) -> Iterator[Database]:
+    opened = open_database(database_url)
     yield opened
     opened.close()
 

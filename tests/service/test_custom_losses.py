@@ -48,9 +48,9 @@ async def test_a_loss_is_created_once_and_named_by_the_runs_of_its_session(
 async def test_a_retry_after_a_restart_finds_the_loss(
     services: Services, alice: Tenant, session: Session, settled: Settled
 ) -> None:
-    created = await settled(services.custom_losses.create(alice, session.session_id, 3, LOSS))
+    created = await settled(await services.custom_losses.create(alice, session.session_id, 3, LOSS))
     again = custom_losses.CustomLosses(
-        services.custom_losses._table, services.custom_losses._scheduler, services.sessions
+        services.custom_losses._table, services.custom_losses._scheduler, services.sessions, 128
     )
     assert await settled(again.create(alice, session.session_id, 3, BAD)) == created
 
@@ -58,7 +58,7 @@ async def test_a_retry_after_a_restart_finds_the_loss(
 async def test_what_the_engine_refuses_is_not_kept(
     services: Services, alice: Tenant, session: Session, settled: Settled
 ) -> None:
-    failure = await settled(services.custom_losses.create(alice, session.session_id, 0, BAD))
+    failure = await settled(await services.custom_losses.create(alice, session.session_id, 0, BAD))
     assert isinstance(failure, Failure)
     assert failure.category == "user"
     assert "graph.nodes[1] (total): got 'numpy'; a custom loss may not call this method" in failure.message
@@ -69,16 +69,16 @@ async def test_what_the_engine_refuses_is_not_kept(
 async def test_another_tenants_session_is_not_found(services: Services, session: Session) -> None:
     stranger = services.tenants.authenticate(services.tenants.create_key("stranger"))
     with pytest.raises(NotFound):
-        services.custom_losses.create(stranger, session.session_id, 0, LOSS)
+        await services.custom_losses.create(stranger, session.session_id, 0, LOSS)
 
 
 async def test_a_session_has_so_many_losses_and_no_more(
     services: Services, alice: Tenant, session: Session, settled: Settled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(custom_losses, "MAX_LOSSES", 2)
-    results = [await settled(services.custom_losses.create(alice, session.session_id, i, LOSS)) for i in range(3)]
+    monkeypatch.setattr(services.custom_losses, "_max_losses", 2)
+    results = [await settled(await services.custom_losses.create(alice, session.session_id, i, LOSS)) for i in range(3)]
     assert [isinstance(result, CustomLossCreated) for result in results] == [True, True, False]
-    assert "2 custom losses, as many as one may have" in str(results[2])
+    assert "2 custom losses; limits.max_custom_losses is 2" in str(results[2])
 
 
 async def test_losses_end_with_their_session(
@@ -86,7 +86,7 @@ async def test_losses_end_with_their_session(
 ) -> None:
     other = services.sessions.create(alice, (), {}, "test", None)
     for of in (session, other):
-        await settled(services.custom_losses.create(alice, of.session_id, 0, LOSS))
+        await settled(await services.custom_losses.create(alice, of.session_id, 0, LOSS))
     services.sessions.finish(alice, session.session_id, "success", None)
     services.custom_losses.sweep()
     with pytest.raises(InvalidInput):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ import pytest
 from tuft.errors import InvalidInput
 from tuft.records import Run, Session, Tenant, now
 from tuft.service.provenance import Provenance
-from tuft.store.catalog import Catalog
-from tuft.store.db import open_database, sqlite_url
+from tuft.store.db import open_database
 from tuft.store.sequences import Sequences
 from tuft.store.sessions import SessionCatalog
+from tuft.store.tenants import TenantCatalog
 from tuft.types import Datum, LoraSpec, ProvenanceSpan, SampledSequence, SampleResult
 
 ALICE = Tenant("tenant-a", "alice")
@@ -30,10 +29,10 @@ def run_in(session_id: str) -> Run:
 
 
 @pytest.fixture
-def provenance(tmp_path: Path) -> Iterator[Provenance]:
+def provenance(database_url: str) -> Iterator[Provenance]:
     """Session s1 has sampled the sequence "q"."""
-    database = open_database(sqlite_url(tmp_path))
-    Catalog(database).ensure_tenant(ALICE)
+    database = open_database(database_url)
+    TenantCatalog(database).ensure_tenant(ALICE)
     SessionCatalog(database).add(Session("s1", ALICE.tenant_id, now(), (), {}, "0.38.0", None))
     found = Provenance(Sequences(database))
     sampled = SampledSequence(np.array(TOKENS), np.array(LOGPROBS, dtype=np.float32), "length")

@@ -56,19 +56,20 @@ class Client:
         seq = self.next_seq()
         number = None if name is not None else 100 + seq
         saved = await self.settled(
-            self.services.operations.save_weights_for_sampler(
+            await self.services.operations.save_weights_for_sampler(
                 self.tenant, self.run_id, seq, name, number, None, {}, kind
             )
         )
         assert isinstance(saved, SamplerSaved), saved
         return str(saved.path or saved.sampling_session_id)
 
-    def sample(self, sampler_id: str, spec: SampleSpec = SCORE) -> str:
-        return self.services.samplers.sample(self.tenant, sampler_id, next(self._sample_seqs), spec)[0]
+    async def sample(self, sampler_id: str, spec: SampleSpec = SCORE) -> str:
+        future_id, _ = await self.services.samplers.sample(self.tenant, sampler_id, next(self._sample_seqs), spec)
+        return future_id
 
     async def score(self, sampler_id: str) -> list[float]:
         """What the sampler says of the prompt."""
-        result = await self.settled(self.sample(sampler_id))
+        result = await self.settled(await self.sample(sampler_id))
         assert isinstance(result, SampleResult), result
         assert result.prompt_logprobs_P is not None
         logprobs: list[float] = result.prompt_logprobs_P[1:].tolist()
@@ -78,7 +79,7 @@ class Client:
 @pytest.fixture
 async def client(services: Services, alice: Tenant, session: Session, settled: Settled) -> Client:
     created = await settled(
-        services.runs.create(alice, session.session_id, 0, TINY_MODEL, LoraSpec(rank=2, seed=1), {})
+        await services.runs.create(alice, session.session_id, 0, TINY_MODEL, LoraSpec(rank=2, seed=1), {})
     )
     assert isinstance(created, RunCreated)
     return Client(services, alice, session, settled)
@@ -106,7 +107,7 @@ async def test_a_sampler_on_a_snapshot_never_changes(client: Client) -> None:
     assert await client.score(latest) != before
     assert [await client.score(one) for one in (named, ephemeral)] == [before] * 2
     client.services.checkpoints.delete(client.tenant, path)
-    await client.settled(client.services.runs.unload(client.tenant, client.run_id))
+    await client.settled(await client.services.runs.unload(client.tenant, client.run_id))
     assert [await client.score(one) for one in (latest, named, ephemeral)][1:] == [before] * 2
 
 
@@ -126,11 +127,11 @@ async def test_an_inflight_request_that_has_begun_keeps_its_weights(client: Clie
     spec = SampleSpec(PROMPT, SamplingParams(max_tokens=60, temperature=0.0, stop=()))
     await client.step()
     sampler_id = await client.save("inflight")
-    expected = await client.settled(client.sample(sampler_id, spec))
-    running = client.sample(sampler_id, spec)
+    expected = await client.settled(await client.sample(sampler_id, spec))
+    running = await client.sample(sampler_id, spec)
     await client.step()
     await client.save("inflight")
-    began_before, began_after = await client.settled(running), await client.settled(client.sample(sampler_id, spec))
+    began_before, began_after = await client.settled(running), await client.settled(await client.sample(sampler_id, spec))
     assert isinstance(expected, SampleResult)
     assert isinstance(began_before, SampleResult)
     assert isinstance(began_after, SampleResult)
@@ -148,7 +149,7 @@ async def test_inflight_weights_that_are_replaced_while_they_load_are_not_missed
         await client.save()  # another takes the only place in the engine, so that the next sample loads its weights
         state = await services.checkpoints.read(old, with_optimizer=False)
         new, _ = await services.checkpoints.write(run, "ephemeral", state)
-        loading = client.sample(sampler_id)
+        loading = await client.sample(sampler_id)
         for _ in range(number):
             await asyncio.sleep(0)
         await services.samplers.add_inflight(run, number, new)
@@ -162,7 +163,7 @@ async def test_prefixes_are_reused_within_one_inflight_session_only(client: Clie
     first, second = await client.save("inflight"), await client.save("inflight")
     hits = []
     for sampler_id in (first, first, second, second):
-        result = await client.settled(client.sample(sampler_id, spec))
+        result = await client.settled(await client.sample(sampler_id, spec))
         assert isinstance(result, SampleResult)
         hits.append(result.prompt_cache_hit_tokens)
     assert hits == [0, 200, 0, 200]
@@ -190,7 +191,7 @@ async def test_inflight_weights_come_back_from_disk(client: Client, engine: Engi
 async def test_a_kind_of_weights_that_cannot_be_is_refused(
     client: Client, name: str | None, ttl_seconds: int | None, kind: str, complaint: str
 ) -> None:
-    future_id = client.services.operations.save_weights_for_sampler(
+    future_id = await client.services.operations.save_weights_for_sampler(
         client.tenant, client.run_id, 1, name, 1, ttl_seconds, {}, kind
     )
     failed = await client.settled(future_id)
@@ -214,9 +215,9 @@ async def test_a_number_that_is_taken_leaves_nothing_on_disk(client: Client) -> 
 
 async def test_a_cancelled_sample_fails_and_the_engine_is_free_for_others(client: Client) -> None:
     sampler_id = await client.save()
-    long = [client.sample(sampler_id, LONG) for _ in range(20)]
+    long = [await client.sample(sampler_id, LONG) for _ in range(20)]
     await asyncio.sleep(0.05)  # the first is running, the others wait
-    unsent = client.sample(sampler_id, LONG)
+    unsent = await client.sample(sampler_id, LONG)
     for future_id in (*long, unsent):
         client.services.futures.cancel(client.tenant, future_id)
     for future_id in (*long, unsent):
@@ -232,7 +233,7 @@ async def test_a_sample_can_be_cancelled_while_its_weights_load(client: Client) 
     sampler_id = await client.save()
     before = await client.score(sampler_id)
     await client.save()  # which takes the place in the engine
-    loading, waiting = client.sample(sampler_id, LONG), client.sample(sampler_id)
+    loading, waiting = await client.sample(sampler_id, LONG), await client.sample(sampler_id)
     await asyncio.sleep(0)
     client.services.futures.cancel(client.tenant, loading)
     assert isinstance(await client.settled(loading), Failure)
@@ -244,16 +245,16 @@ async def test_a_sample_can_be_cancelled_while_its_weights_load(client: Client) 
 
 async def test_what_has_ended_cannot_be_cancelled_nor_what_is_anothers_or_a_runs(client: Client) -> None:
     sampler_id, futures = await client.save(), client.services.futures
-    done = client.sample(sampler_id)
+    done = await client.sample(sampler_id)
     result = await client.settled(done)
     futures.cancel(client.tenant, done)
     assert await client.settled(done) is result
     bob = client.services.tenants.authenticate(client.services.tenants.create_key("bob"))
-    long = client.sample(sampler_id, LONG)
+    long = await client.sample(sampler_id, LONG)
     for tenant, future_id in ((bob, long), (client.tenant, "future-none")):
         with pytest.raises(Gone):
             futures.cancel(tenant, future_id)
-    parked = client.services.operations.optim_step(client.tenant, client.run_id, 1000, AdamParams())
+    parked = await client.services.operations.optim_step(client.tenant, client.run_id, 1000, AdamParams())
     with pytest.raises(InvalidInput, match="only samples can be cancelled"):
         futures.cancel(client.tenant, parked)
     assert isinstance(await futures.wait(client.tenant, long, 0.0), Pending)
@@ -268,7 +269,7 @@ async def test_the_clients_of_a_session_hear_of_their_own_samples(client: Client
     numbers = [samplers.join(client.tenant, sampler_id) for _ in range(3)]
     assert numbers == [1, 2, 3]
     sent = {
-        number: samplers.sample(client.tenant, sampler_id, number * 1_000_000_000, SCORE)[0] for number in (0, *numbers)
+        number: (await samplers.sample(client.tenant, sampler_id, number * 1_000_000_000, SCORE))[0] for number in (0, *numbers)
     }
     for number, future_id in sent.items():
         poll = client.services.completions.poll(SamplingClient(sampler_id, number), 0, 30.0)

@@ -9,7 +9,7 @@ import pytest
 
 from tuft.config import LimitsSection
 from tuft.errors import InvalidInput
-from tuft.service.sampling_checks import MAX_CELLS, check_sampling
+from tuft.service.sampling_checks import check_sampling
 from tuft.types import BaseModelInfo, Matrix, PromptScoring, SampleSpec, SamplingParams
 
 LIMITS = LimitsSection()
@@ -92,7 +92,7 @@ def test_what_is_asked_about_tokens_is_checked(asked: SampleSpec, complaint: str
 
 
 def test_more_logprobs_than_a_response_may_hold_are_refused_before_they_are_computed() -> None:
-    of_prompt = "must be at most 209 for 20000 prompt tokens (4194304 logprobs)"
+    of_prompt = "must be at most 209 for 20000 prompt tokens (limits.max_logprobs: 4194304)"
     assert refused(spec(20_000, topk=210), LARGE) == f"topk_prompt_logprobs: got 210; {of_prompt}"
     assert refused(spec(20_000, num_alternatives=210), LARGE) == f"prompt_alt_tokens_k: got 210; {of_prompt}"
     ids = Matrix(np.ones(19_999 * 210, np.int64), (19_999, 210))
@@ -100,4 +100,4 @@ def test_more_logprobs_than_a_response_may_hold_are_refused_before_they_are_comp
     assert refused(spec(20_000, 10, topk_logprobs=6), LARGE).startswith(
         "topk_sample_logprobs: got 6; must be at most 5 for 800000 sampled tokens"
     )
-    check_sampling(SampleSpec((1,), SamplingParams(max_tokens=4096), 1, MAX_CELLS // 4096), LARGE, LIMITS)
+    check_sampling(SampleSpec((1,), SamplingParams(max_tokens=4096), 1, LIMITS.max_logprobs // 4096), LARGE, LIMITS)

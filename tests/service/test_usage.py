@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,9 @@ from tuft.service.traces import Span
 from tuft.service.usage import Usage
 from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
-from tuft.store.db import Database, open_database, sqlite_url
+from tuft.store.db import Database, open_database
 from tuft.store.sessions import SessionCatalog
+from tuft.store.tenants import TenantCatalog
 from tuft.store.usage import UsageTable
 from tuft.types import LoraSpec
 
@@ -25,10 +25,10 @@ HOUR = timedelta(hours=1)
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = open_database(sqlite_url(tmp_path))
+def database(database_url: str) -> Iterator[Database]:
+    opened = open_database(database_url)
     for tenant in (ALICE, BOB):
-        Catalog(opened).ensure_tenant(tenant)
+        TenantCatalog(opened).ensure_tenant(tenant)
     session = Session("s", ALICE.tenant_id, now(), (), {"k": "v"}, "0", None, project_id="p")
     SessionCatalog(opened).add(session)
     moment = now()

@@ -3,14 +3,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
-from tuft.records import ApiKey, Run, SamplerInfo, Session, Tenant, now
+from tuft.records import Run, SamplerInfo, Session, Tenant, now
 from tuft.store.catalog import Catalog
-from tuft.store.db import open_database, sqlite_url
+from tuft.store.db import open_database
 from tuft.store.sessions import SessionCatalog
+from tuft.store.tenants import TenantCatalog
 from tuft.types import LoraSpec
 
 ALICE, BOB = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob")
@@ -18,11 +18,11 @@ SPEC = LoraSpec(rank=4, seed=2**40, train_unembed=False)
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    database = open_database(sqlite_url(tmp_path))
+def catalog(database_url: str) -> Iterator[Catalog]:
+    database = open_database(database_url)
     opened = Catalog(database)
     for tenant in (ALICE, BOB):
-        opened.ensure_tenant(tenant)
+        TenantCatalog(database).ensure_tenant(tenant)
     yield opened
     database.close()
 
@@ -71,19 +71,6 @@ def test_runs_that_were_live_are_lost_after_a_restart(catalog: Catalog) -> None:
     assert catalog.lose_live_runs() == 1
     statuses = {found.run_id: found.status for found in catalog.runs(ALICE, 10, 0, {})[0]}
     assert statuses == {"s1:train:0": "lost", "s1:train:1": "unloaded"}
-
-
-def test_a_key_belongs_to_its_tenant_until_it_is_deleted(catalog: Catalog) -> None:
-    key = ApiKey("hash", ALICE, "1234", now())
-    catalog.add_key(key)
-    assert catalog.key("hash") == key
-    assert catalog.key("other") is None
-    catalog.delete_key("hash")
-    assert catalog.key("hash") is None
-
-
-def test_a_tenants_name_names_one_tenant(catalog: Catalog) -> None:
-    assert catalog.ensure_tenant(Tenant("tenant-z", "alice")) == ALICE
 
 
 def test_samplers_on_a_runs_mutable_weights_move_together(catalog: Catalog) -> None:

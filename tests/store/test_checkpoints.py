@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
 from tuft.records import Checkpoint, CheckpointPath, Run, SamplerInfo, Session, Tenant, now
 from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
-from tuft.store.db import Database, open_database, sqlite_url
+from tuft.store.db import Database, open_database
 from tuft.store.sessions import SessionCatalog
+from tuft.store.tenants import TenantCatalog
 from tuft.types import CheckpointKind, LoraSpec
 
 ALICE, BOB, EVE = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob"), Tenant("tenant-e", "eve")
@@ -24,12 +24,12 @@ SHARED = {"p": frozenset({"alice", "bob"})}
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
+def database(database_url: str) -> Iterator[Database]:
     """One run of alice's, in her session of project p; and one of eve's, who uses the same label for herself."""
-    database = open_database(sqlite_url(tmp_path))
-    catalog, sessions, moment = Catalog(database), SessionCatalog(database), now()
+    database = open_database(database_url)
+    catalog, tenants, sessions, moment = Catalog(database), TenantCatalog(database), SessionCatalog(database), now()
     for tenant, session_id in ((ALICE, "s1"), (EVE, "s2"), (BOB, "s3")):
-        catalog.ensure_tenant(tenant)
+        tenants.ensure_tenant(tenant)
         sessions.add(Session(session_id, tenant.tenant_id, moment, (), {}, "0.38.0", None, project_id="p"))
         run_id = f"{session_id}:train:0"
         catalog.add_run(

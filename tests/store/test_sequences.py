@@ -2,25 +2,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tuft.records import RecordedSequence, Session, Tenant, now
-from tuft.store.catalog import Catalog
-from tuft.store.db import open_database, sqlite_url
+from tuft.store.db import open_database
 from tuft.store.sequences import Sequences
 from tuft.store.sessions import SessionCatalog
+from tuft.store.tenants import TenantCatalog
 
 ALICE = Tenant("tenant-a", "alice")
 LATER, BEFORE = timedelta(hours=1), timedelta(seconds=-1)
 
 
 @pytest.fixture
-def sequences(tmp_path: Path) -> Iterator[Sequences]:
-    database = open_database(sqlite_url(tmp_path))
-    Catalog(database).ensure_tenant(ALICE)
+def sequences(database_url: str) -> Iterator[Sequences]:
+    database = open_database(database_url)
+    TenantCatalog(database).ensure_tenant(ALICE)
     for session_id in ("s1", "s2"):
         SessionCatalog(database).add(Session(session_id, ALICE.tenant_id, now(), (), {}, "0.38.0", None))
     yield Sequences(database)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +24,9 @@ from tuft.records import (
 )
 from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
-from tuft.store.db import Database, open_database, sqlite_url
+from tuft.store.db import Database, open_database
 from tuft.store.sessions import SessionCatalog
+from tuft.store.tenants import TenantCatalog
 from tuft.types import LoraSpec
 
 ALICE, BOB, CAROL = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob"), Tenant("tenant-c", "carol")
@@ -35,10 +35,10 @@ START = now()
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = open_database(sqlite_url(tmp_path))
+def database(database_url: str) -> Iterator[Database]:
+    opened = open_database(database_url)
     for tenant in (ALICE, BOB, CAROL):
-        Catalog(opened).ensure_tenant(tenant)
+        TenantCatalog(opened).ensure_tenant(tenant)
     yield opened
     opened.close()
 

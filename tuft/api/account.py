@@ -17,15 +17,17 @@ async def show_own_key(key: CallingKey) -> dict[str, Any]:
     """For ``tinker auth login``. Tenants have no email address; their name stands where one would."""
     return {
         "key_id": key.number,
-        "name": f"{key.tenant.name} …{key.hint}",
+        "name": " ".join(part for part in (key.tenant.name, key.name, f"…{key.hint}") if part),
         "note": "given by the server's configuration" if key.created_at is None else "made by `tuft key create`",
+        "scopes": key.scopes,
+        "expires_at": key.expires_at,
         "details": {"org_details": {"name": ORGANIZATION}, "user_details": {"email": key.tenant.name}},
     }
 
 
 @router.delete("/auth/apikey/me", status_code=204)
 async def revoke_own_key(key: CallingKey, services: Served) -> Response:
-    services.tenants.revoke(key)
+    services.tenants.revoke(key, by=key)
     return Response(status_code=204)
 
 

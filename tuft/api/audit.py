@@ -22,10 +22,10 @@ async def audit_log(
 ) -> dict[str, Any]:
     """What the caller did, and what others did with what is the caller's, on one day from midnight to midnight UTC."""
     entries = await services.audit.of_day(tenant, event_type, day or now().date())
-    return {"entries": [_entry(entry) for entry in entries]}
+    return {"entries": [entry_json(entry) for entry in entries]}
 
 
-def _entry(entry: AuditEntry) -> dict[str, Any]:
+def entry_json(entry: AuditEntry) -> dict[str, Any]:
     shown = {"timestamp": entry.at, "event": entry.event, "event_details": dict(entry.details)}
     if entry.event.startswith("checkpoint_"):
         shown |= {field: entry.details.get(field) for field in _DEPRECATED}

@@ -5,25 +5,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sized
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import zstandard
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from tuft.api.auth import Caller, Served
+from tuft.api.inflight import Bounded, Hold, InFlight
+from tuft.config import LimitsSection
 from tuft.errors import InvalidInput, TooLarge
+from tuft.records import Tenant
 
-CONTROL_BODY_BYTES = 2**20
-"""Enough for every body that carries neither training data nor a prompt."""
 ClientSeq = Annotated[int, Field(ge=0, lt=2**63)]
 """What clients count their runs, samplers and samples with."""
-MAX_METADATA_BYTES = 2**14
+_NUL = b"\\u0000"
 _OFF_LOOP_BYTES = 2**20
 _PREFIX_BYTES = 2**16
+_PARSED_BYTES_OF_JSON = 8
+"""What a byte of JSON may become: a number of four digits and its comma are an object of 28 bytes and a pointer."""
+_PARSED_BYTES_OF_PROTOBUF = 2
+
+_DEFAULT_LIMITS = LimitsSection()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,10 +46,25 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     holds_data: ClassVar[bool] = False
-    """Training data, a prompt, or a list of many: as large as ``limits.max_request_bytes``."""
+    """Training data or a prompt: as large as ``limits.max_request_bytes``."""
+    long_texts: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may be longer than ``limits.max_text_chars``."""
     is_protobuf_too: ClassVar[bool] = False
     one_of: ClassVar[tuple[type[Fields], ...]] = ()
     """The whole bodies, where this model only tells them apart."""
+
+    @classmethod
+    def limit_bytes(cls, limits: LimitsSection) -> int:
+        return limits.max_request_bytes if cls.holds_data else limits.max_control_bytes
+
+    @field_validator("*")
+    @classmethod
+    def _texts_are_short(cls, value: Any, info: ValidationInfo) -> Any:
+        most = limits_of(info).max_text_chars
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and len(text) > most and info.field_name not in cls.long_texts:
+                raise PydanticCustomError("too_long", f"must have at most {most} characters (limits.max_text_chars)")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +74,7 @@ class Sent(Generic[M]):
     model: type[M]
     content: bytes
     oversize: TooLarge | None
+    limits: LimitsSection
 
     def parse(self) -> M:
         """Raises InvalidInput or TooLarge."""
@@ -60,7 +84,7 @@ class Sent(Generic[M]):
         """The fields of a smaller model, whatever the others are."""
         if self.oversize is not None:
             raise self.oversize
-        return parse(part, self.content)
+        return parse(part, self.content, self.limits)
 
 
 class Reader(Generic[M]):
@@ -69,13 +93,27 @@ class Reader(Generic[M]):
     def __init__(self, model: type[M]) -> None:
         self.model = model
 
-    async def receive(self, request: Request, services: Served, _: Caller) -> Sent[M]:
-        limit_bytes = services.config.limits.max_request_bytes if self.model.holds_data else CONTROL_BODY_BYTES
-        return Sent(self.model, *await read_bounded(request, limit_bytes))
+    async def receive(
+        self, request: Request, services: Served, caller: Caller, inflight: Bounded
+    ) -> AsyncIterator[Sent[M]]:
+        async with self._received(request, services.config.limits, caller, inflight) as sent:
+            yield sent
 
-    async def read(self, request: Request, services: Served, _: Caller) -> M:
-        sent = await self.receive(request, services, _)
-        return await off_loop(len(sent.content), sent.parse)
+    async def read(self, request: Request, services: Served, caller: Caller, inflight: Bounded) -> AsyncIterator[M]:
+        async with self._received(request, services.config.limits, caller, inflight) as sent:
+            yield await off_loop(len(sent.content), sent.parse)
+
+    @asynccontextmanager
+    async def _received(
+        self, request: Request, limits: LimitsSection, caller: Tenant, inflight: InFlight
+    ) -> AsyncIterator[Sent[M]]:
+        """The body, which is held until the route has done with it."""
+        limit_bytes = self.model.limit_bytes(limits)
+        hold = await inflight.take(caller.tenant_id, _expected_bytes(request, limit_bytes))
+        try:
+            yield Sent(self.model, *await read_bounded(request, limit_bytes, hold), limits)
+        finally:
+            hold.release()
 
 
 if TYPE_CHECKING:
@@ -96,7 +134,16 @@ else:
             return Annotated[Sent[model], Depends(Reader(model).receive)]
 
 
-async def read_bounded(request: Request, limit_bytes: int) -> tuple[bytes, TooLarge | None]:
+def _expected_bytes(request: Request, limit_bytes: int, num_bytes: int | None = None) -> int:
+    """What the body and what it is parsed into may take; ``num_bytes`` if it is known how many there are."""
+    if num_bytes is None:
+        announced = request.headers.get("content-length", "")
+        num_bytes = int(announced) if announced.isdecimal() else limit_bytes
+    is_protobuf = "protobuf" in request.headers.get("content-type", "")
+    return min(num_bytes, limit_bytes) * (_PARSED_BYTES_OF_PROTOBUF if is_protobuf else _PARSED_BYTES_OF_JSON)
+
+
+async def read_bounded(request: Request, limit_bytes: int, hold: Hold) -> tuple[bytes, TooLarge | None]:
     """The body, or what fits of its beginning together with the error."""
     parts: list[bytes] = []
     num_bytes = 0
@@ -108,6 +155,7 @@ async def read_bounded(request: Request, limit_bytes: int) -> tuple[bytes, TooLa
     oversize = _too_large(limit_bytes, "") if num_bytes > limit_bytes else None
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "zstd":
+        await hold.change(_expected_bytes(request, limit_bytes, _decompressed_bytes(content)))
         content, bomb = await off_loop(len(content), _decompress, content, limit_bytes, oversize is not None)
         return content, oversize or bomb
     if encoding != "identity":
@@ -122,13 +170,30 @@ async def off_loop(num_bytes: int, work: Callable[P, R], *args: P.args, **kwargs
     return work(*args, **kwargs)
 
 
-def parse(model: type[M], content: bytes) -> M:
-    """``content`` as ``model``; strings are not taken for numbers. Raises InvalidInput for the first field that is
-    wrong."""
+def parse(model: type[M], content: bytes, limits: LimitsSection | None = None) -> M:
+    """``content`` as ``model``, within ``limits`` (default: the defaults); strings are not taken for numbers. Raises
+    InvalidInput for the first field that is wrong."""
     try:
-        return model.model_validate_json(content or b"{}", strict=True)
+        fields = model.model_validate_json(content or b"{}", strict=True, context=limits)
     except ValidationError as error:
         raise invalid_input(error.errors(include_url=False)[0]) from error
+    if _NUL in content and not model.holds_data:
+        _refuse_nul(fields)
+    return fields
+
+
+def _refuse_nul(fields: Fields) -> None:
+    """Ids, names and metadata hold none: not every database keeps it. Raises InvalidInput, which names the field."""
+    left = list(fields.model_dump().items())
+    while left:
+        field, value = left.pop()
+        if isinstance(value, str) and "\0" in value:
+            raise InvalidInput(field, value, "must hold no NUL character")
+        if isinstance(value, dict):
+            left += [(field, key) for key in value]
+            left += [(f"{field}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            left += [(f"{field}.{number}", item) for number, item in enumerate(value)]
 
 
 def invalid_input(problem: Mapping[str, Any]) -> InvalidInput:
@@ -143,13 +208,37 @@ def invalid_input(problem: Mapping[str, Any]) -> InvalidInput:
     return InvalidInput(field, value, message)
 
 
-def texts(metadata: Mapping[str, Any] | None) -> dict[str, str]:
+def limits_of(info: ValidationInfo) -> LimitsSection:
+    """What ``parse`` was given, for validators of fields."""
+    return info.context or _DEFAULT_LIMITS
+
+
+def check_count(items: Sized, field: str, limits: LimitsSection, limit: str) -> None:
+    """Raises InvalidInput if there are more than ``limits.<limit>`` allows; a validator may call it."""
+    most: int = getattr(limits, limit)
+    if len(items) > most:
+        raise InvalidInput(field, f"{len(items)} of them", f"must be at most {most} (limits.{limit})")
+
+
+def _short_name(name: str, info: ValidationInfo) -> str:
+    most = limits_of(info).max_name_chars
+    if len(name) > most:
+        raise PydanticCustomError("too_long", f"must have at most {most} characters (limits.max_name_chars)")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_short_name)]
+"""What a client calls something that it will find by this name."""
+
+
+def texts(metadata: Mapping[str, Any] | None, limits: LimitsSection) -> dict[str, str]:
     """User metadata as the API shows it: values that are no texts become their JSON. Raises InvalidInput if it is more
     than a list of thousands could show."""
     found = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     num_bytes = sum(len(text.encode()) for pair in found.items() for text in pair)
-    if num_bytes > MAX_METADATA_BYTES:
-        raise InvalidInput("user_metadata", f"{num_bytes} bytes", f"must be at most {MAX_METADATA_BYTES}")
+    if num_bytes > limits.max_metadata_bytes:
+        allowed = f"must be at most {limits.max_metadata_bytes} (limits.max_metadata_bytes)"
+        raise InvalidInput("user_metadata", f"{num_bytes} bytes", allowed)
     return found
 
 
@@ -167,6 +256,15 @@ def _shown(content: bytes) -> str:
 
 def _too_large(limit_bytes: int, when: str) -> TooLarge:
     return TooLarge(f"body: it has more than {limit_bytes} bytes{when}; send less at once")
+
+
+def _decompressed_bytes(content: bytes) -> int:
+    """What the frame says; 0 where it says nothing that ``_decompress`` would take."""
+    try:
+        num_bytes = zstandard.get_frame_parameters(content).content_size
+    except zstandard.ZstdError:
+        return 0
+    return 0 if num_bytes == zstandard.CONTENTSIZE_UNKNOWN else num_bytes
 
 
 def _decompress(content: bytes, limit_bytes: int, cut_off: bool) -> tuple[bytes, TooLarge | None]:

@@ -64,7 +64,7 @@ async def list_run_checkpoints(
     offset: Offset = 0,
 ) -> dict[str, Any]:
     run = services.runs.find(tenant, run_id, accessible=True)
-    checkpoints, total_count = services.checkpoints.list(run.tenant_id, run_id, kinds, limit, offset)
+    checkpoints, total_count = await services.checkpoints.list(run.tenant_id, run_id, kinds, limit, offset)
     return {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)}
 
 
@@ -72,7 +72,7 @@ async def list_run_checkpoints(
 async def list_checkpoints(
     tenant: Caller, services: Served, kinds: KnownKinds, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
-    checkpoints, total_count = services.checkpoints.list(tenant.tenant_id, None, kinds, limit, offset)
+    checkpoints, total_count = await services.checkpoints.list(tenant.tenant_id, None, kinds, limit, offset)
     return {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)}
 
 

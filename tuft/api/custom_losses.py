@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from tuft.api.auth import Caller, Served
-from tuft.api.body import ClientSeq, Fields, RawBody
+from tuft.api.body import ClientSeq, Fields, Name, RawBody, check_count
+from tuft.config import LimitsSection
 from tuft.errors import InvalidInput
 from tuft.losses import CustomLoss
 
@@ -36,7 +37,7 @@ class Graph(Fields):
 
 
 class CreateCustomLoss(LossEnvelope):
-    name: str = Field(min_length=1, max_length=256)
+    name: Name = Field(min_length=1)
     inputs: list[LossInput] = Field(fail_fast=True)
     graph: Graph
 
@@ -46,15 +47,18 @@ async def create_custom_loss(sent: RawBody[CreateCustomLoss], tenant: Caller, se
     """Nothing of the graph is run here: the engine reads it, against its list of what a loss may do."""
     envelope = sent.parse_as(LossEnvelope)
     try:
-        loss = _custom_loss(sent.parse())
+        loss = _custom_loss(sent.parse(), sent.limits)
     except InvalidInput as error:
-        request_id = services.custom_losses.reject(tenant, envelope.session_id, envelope.custom_loss_seq_id, error)
+        request_id = await services.custom_losses.reject(
+            tenant, envelope.session_id, envelope.custom_loss_seq_id, error
+        )
     else:
-        request_id = services.custom_losses.create(tenant, envelope.session_id, envelope.custom_loss_seq_id, loss)
+        request_id = await services.custom_losses.create(tenant, envelope.session_id, envelope.custom_loss_seq_id, loss)
     return {"request_id": request_id}
 
 
-def _custom_loss(body: CreateCustomLoss) -> CustomLoss:
+def _custom_loss(body: CreateCustomLoss, limits: LimitsSection) -> CustomLoss:
+    check_count(body.graph.nodes, "graph.nodes", limits, "max_loss_nodes")
     if body.graph.format != 1:
         raise InvalidInput("graph.format", body.graph.format, "must be 1, the only one this server reads")
     inputs = tuple((given.name, given.rank) for given in body.inputs)

@@ -10,11 +10,12 @@ from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tuft.api.auth import Caller, Served
 from tuft.api.checkpoints import ONE, path_of
 from tuft.records import CheckpointPath
-from tuft.service.downloads import Link
+from tuft.service.downloads import Download, Link
 
 router = APIRouter(tags=["downloads"])
 
@@ -34,7 +35,7 @@ async def checkpoint_archive(
     run_id: str, kind: str, name: str, request: Request, tenant: Caller, services: Served
 ) -> Response:
     """A redirect to a tar of the checkpoint, which SDKs up to 0.35 fetch without their key."""
-    link = services.downloads.archive(tenant, path_of(run_id, kind, name))
+    link = await services.downloads.archive(tenant, path_of(run_id, kind, name))
     expires = format_datetime(datetime.fromtimestamp(link.expires_at_s, UTC), usegmt=True)
     return Response(status_code=302, headers={"Location": _url(request, link), "Expires": expires})
 
@@ -51,14 +52,29 @@ async def download(
 ) -> Response:
     """What a link leads to."""
     path = CheckpointPath.parse(path_of(run_id, kind, name))
-    content = await services.downloads.follow(Link(path, file, expires, signature))
+    download = await services.downloads.follow(Link(path, file, expires, signature))
+    content = download.content
     if isinstance(content, Path):
-        return FileResponse(content, media_type="application/octet-stream", filename=file)
+        return _Held(FileResponse(content, media_type="application/octet-stream", filename=file), download)
     headers = {
         "Content-Length": str(content.size_bytes),
         "Content-Disposition": f'attachment; filename="{name}.tar"',
     }
-    return StreamingResponse(content.parts(), media_type="application/x-tar", headers=headers)
+    response = StreamingResponse(content.parts(), media_type="application/x-tar", headers=headers)
+    return _Held(response, download)
+
+
+class _Held(Response):
+    """Sends another response, and then lets go of the files that it was made from."""
+
+    def __init__(self, response: Response, download: Download) -> None:
+        super().__init__()
+        self._response = response
+        self._download = download
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._download.held:
+            await self._response(scope, receive, send)
 
 
 def _url(request: Request, link: Link) -> str:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from tuft import __version__
 from tuft.api import (
     account,
+    admin,
     audit,
     checkpoints,
     custom_losses,
@@ -35,13 +36,19 @@ from tuft.api import (
 )
 from tuft.api.body import invalid_input
 from tuft.api.document import DocumentedApp, Routers
+from tuft.api.inflight import InFlight
+from tuft.api.quotas import quota_answer
+from tuft.api.refusals import note_refusal
+from tuft.api.scopes import API_PREFIX
 from tuft.errors import (
+    Damaged,
     EngineDied,
     Forbidden,
     Gone,
     InvalidToken,
     ModelError,
     NotFound,
+    Overloaded,
     QuotaExceeded,
     TooLarge,
     TuftError,
@@ -51,8 +58,6 @@ from tuft.errors import (
 from tuft.service.services import Services
 
 log = structlog.get_logger(__name__)
-
-API_PREFIX = "/api/v1"
 
 _STATUSES: dict[type[TuftError], int] = {
     Unauthorized: 401,
@@ -64,6 +69,8 @@ _STATUSES: dict[type[TuftError], int] = {
     UserError: 400,
     ModelError: 503,
     EngineDied: 503,
+    Overloaded: 503,
+    Damaged: 422,
     TuftError: 500,
 }
 _MAX_RETRY_AFTER_S = 20
@@ -81,6 +88,7 @@ _PARTS = (
     downloads,
     usage,
     audit,
+    admin,
     traces,
 )
 
@@ -92,6 +100,7 @@ def create_app(services: Services) -> FastAPI:
     """The application on ``services``, which must have been started on the event loop that serves it."""
     app = DocumentedApp(ROUTERS, title="TuFT", version=__version__, redoc_url=None)
     app.state.services = services
+    app.state.inflight = InFlight(services.config.limits.max_inflight_bytes)
     app.state.started_at_s = time.monotonic()
     app.add_exception_handler(TuftError, _tuft_error)
     app.add_exception_handler(HTTPException, _http_exception)
@@ -128,12 +137,17 @@ def status_of(error: TuftError) -> int:
 
 async def _tuft_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TuftError)
+    note_refusal(request, error)
     status = status_of(error)
     if status == 500:
         log.error("request failed", path=request.url.path, error=str(error), kind=type(error).__name__)
     headers = {}
     if isinstance(error, ModelError):
         headers["Retry-After"] = str(_retry_after_s(request))
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = "1"
+    if isinstance(error, QuotaExceeded):
+        status, headers = quota_answer(error, request.headers.get("user-agent", ""))
     if isinstance(error, Unauthorized):  # the SDK makes a new token when this one is said to be what is wrong
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if isinstance(error, InvalidToken) else "Bearer"
     return _error(status, str(error), headers)

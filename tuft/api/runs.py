@@ -26,17 +26,17 @@ async def list_runs(
     project_id: str | None = None,
 ) -> dict[str, Any]:
     runs, total_count = services.runs.list(tenant, limit, offset, access_scope == "accessible", project_id)
-    return {"training_runs": _shown(services, runs), "cursor": cursor(limit, offset, total_count)}
+    return {"training_runs": await _shown(services, runs), "cursor": cursor(limit, offset, total_count)}
 
 
 @router.get("/training_runs/{run_id}")
 async def get_run(run_id: str, tenant: Caller, services: Served, access_scope: Scope = "owned") -> dict[str, Any]:
-    (shown,) = _shown(services, [services.runs.find(tenant, run_id, access_scope == "accessible")])
+    (shown,) = await _shown(services, [services.runs.find(tenant, run_id, access_scope == "accessible")])
     return shown
 
 
-def _shown(services: Services, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    newest = services.checkpoints.newest([run.run_id for run in runs])
+async def _shown(services: Services, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    newest = await services.checkpoints.newest([run.run_id for run in runs])
     last = {key: checkpoints.shown(checkpoint) for key, checkpoint in newest.items()}
     owners = services.runs.owner_names(runs)
     return [

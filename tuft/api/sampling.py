@@ -95,7 +95,7 @@ async def asample(sent: RawBody[Sample], tenant: Caller, services: Served) -> di
         sampler_id, seq_id = sampler.sampler_id, 0
     if seq_id is None:
         raise InvalidInput("seq_id", None, "is required")
-    request_id, sequence_ids = services.samplers.sample(
+    request_id, sequence_ids = await services.samplers.sample(
         tenant, sampler_id, seq_id, spec, bool(body.record_stability_info)
     )
     return {"request_id": request_id, "sample_sequence_ids": sequence_ids}
@@ -105,7 +105,7 @@ def _decode(sent: Sent[Sample]) -> tuple[Sample, SampleSpec]:
     body = sent.parse()
     asked = body.sampling_params
     spec = SampleSpec(
-        prompt_tokens=tuple(wire.prompt_tokens_json(body.prompt, "prompt").tolist()),
+        prompt_tokens=tuple(wire.prompt_tokens_json(body.prompt, "prompt", sent.limits).tolist()),
         params=SamplingParams(
             max_tokens=asked.max_tokens,
             seed=asked.seed,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Response
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from tuft.api.auth import Caller, Served
-from tuft.api.body import Fields, JsonBody, texts
+from tuft.api.body import Fields, JsonBody, Name, check_count, limits_of, texts
 from tuft.errors import ModelError
 
 router = APIRouter(tags=["sessions"])
@@ -27,15 +27,18 @@ _MAX_DETAIL = 10_000
 DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
-Tag = Annotated[str, Field(max_length=256)]
-
-
 class CreateSession(Fields):
-    tags: tuple[Tag, ...] = Field((), max_length=64, fail_fast=True)
+    tags: tuple[str, ...] = Field((), fail_fast=True)
     user_metadata: dict[str, Any] | None = None
-    sdk_version: str = Field("unknown", max_length=128)
-    display_name: str | None = Field(None, max_length=1000)
-    project_id: str | None = Field(None, max_length=128)
+    sdk_version: str = Field("unknown", max_length=64)
+    display_name: str | None = None
+    project_id: Name | None = None
+
+    @field_validator("tags")
+    @classmethod
+    def _are_few(cls, tags: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        check_count(tags, "tags", limits_of(info), "max_tags")
+        return tags
 
 
 class Heartbeat(Fields):
@@ -47,10 +50,12 @@ class FinishReason(Fields):
 
 
 class AssignProject(Fields):
-    project_id: str = Field(max_length=128)
+    project_id: Name
 
 
 class Finish(Fields):
+    long_texts = frozenset({"detail"})
+
     reason: FinishReason
     detail: str | None = None
 
@@ -58,7 +63,12 @@ class Finish(Fields):
 @router.post("/client/config")
 async def client_config(_: Caller, services: Served) -> dict[str, Any]:
     """The first call of every client since 0.18, which does without nothing."""
-    return {**CLIENT_CONFIG, "pjwt_auth_enabled": services.config.server.jwt_auth}
+    config = services.config
+    return {
+        **CLIENT_CONFIG,
+        "pjwt_auth_enabled": config.server.jwt_auth,
+        "billing_exception_max_pause_duration_sec": round(config.quotas.pause_s),
+    }
 
 
 @router.post("/client/dynamic_config")
@@ -88,7 +98,12 @@ async def get_server_capabilities(_: Caller, services: Served) -> dict[str, Any]
 @router.post("/create_session")
 async def create_session(body: JsonBody[CreateSession], tenant: Caller, services: Served) -> dict[str, Any]:
     session = services.sessions.create(
-        tenant, body.tags, texts(body.user_metadata), body.sdk_version, body.display_name, body.project_id
+        tenant,
+        body.tags,
+        texts(body.user_metadata, services.config.limits),
+        body.sdk_version,
+        body.display_name,
+        body.project_id,
     )
     answer = {"type": "create_session", "session_id": session.session_id}
     if (warning := services.checkpoints.expiry_warning(tenant)) is not None:

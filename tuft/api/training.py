@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from tuft.api import wire
 from tuft.api.auth import Caller, Served
-from tuft.api.body import ClientSeq, Fields, JsonBody, RawBody, Sent, off_loop, texts
+from tuft.api.body import ClientSeq, Fields, JsonBody, Name, RawBody, Sent, check_count, limits_of, off_loop, texts
 from tuft.api.optimizers import OptimizerConfig, OptimStep, config_json, step_params
 from tuft.api.results import PROTOBUF
 from tuft.api.shapes import LossInput
@@ -69,14 +69,14 @@ class Step(Envelope, OptimStep):
 
 
 class SaveWeights(Envelope):
-    path: str | None = None
+    path: Name | None = None
     ttl_seconds: int | None = None
     overwrite: bool = False
     user_metadata: dict[str, Any] | None = None
 
 
 class SaveWeightsForSampler(Envelope):
-    path: str | None = None
+    path: Name | None = None
     sampling_session_seq_id: ClientSeq | None = None
     kind: str = "snapshot"
     ttl_seconds: int | None = None
@@ -84,9 +84,15 @@ class SaveWeightsForSampler(Envelope):
 
 
 class SaveWeightsExternal(Envelope):
-    path: str
+    path: Name
     ttl_seconds: int | None = None
     age_encryption_recipients: tuple[str, ...] | None = Field(None, fail_fast=True)
+
+    @field_validator("age_encryption_recipients")
+    @classmethod
+    def _are_few(cls, recipients: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        check_count(recipients or (), "age_encryption_recipients", limits_of(info), "max_recipients")
+        return recipients
 
 
 class LoadFields(Fields):
@@ -125,8 +131,14 @@ class LoadShape(Fields):
 async def create_model(body: JsonBody[CreateModel], tenant: Caller, services: Served) -> dict[str, Any]:
     optimizer = body.optimizer_config.family if body.optimizer_config else "adamw"
     spec = body.lora_config or LoraSpec()
-    request_id = services.runs.create(
-        tenant, body.session_id, body.model_seq_id, body.base_model, spec, texts(body.user_metadata), optimizer
+    request_id = await services.runs.create(
+        tenant,
+        body.session_id,
+        body.model_seq_id,
+        body.base_model,
+        spec,
+        texts(body.user_metadata, services.config.limits),
+        optimizer,
     )
     return {"request_id": request_id}
 
@@ -150,7 +162,7 @@ async def get_info(body: JsonBody[OnRun], request: Request, tenant: Caller, serv
 
 @router.post("/unload_model")
 async def unload_model(body: JsonBody[OnRun], tenant: Caller, services: Served) -> dict[str, Any]:
-    return {"request_id": services.runs.unload(tenant, body.model_id), "model_id": body.model_id}
+    return {"request_id": await services.runs.unload(tenant, body.model_id), "model_id": body.model_id}
 
 
 @router.post("/forward_backward")
@@ -160,17 +172,17 @@ async def forward_backward(
     """Protobuf, as every SDK since 0.25 sends it, or the older JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF:
         return await _loss_in_json(sent, tenant, services, "forward_backward_input", backward=True)
-    limit_bytes = services.config.limits.max_request_bytes
+    limits = services.config.limits
     run_id, seq_id = wire.scan_envelope(sent.content)
     try:
         if sent.oversize is not None:
             raise sent.oversize
-        loss = await off_loop(len(sent.content), wire.decode_loss_request, sent.content, limit_bytes)
+        loss = await off_loop(len(sent.content), wire.decode_loss_request, sent.content, limits)
     except (InvalidInput, TooLarge) as error:
-        return _accepted(run_id, services.operations.reject(tenant, run_id, seq_id, error))
+        return _accepted(run_id, await services.operations.reject(tenant, run_id, seq_id, error))
     if loss.loss_fn == "stable_reinforce" and services.provenance.is_news_to(run_id):
         response.headers["x-deprecation-note"] = _OUR_OBJECTIVE  # the header whose text the SDK logs
-    return _accepted(run_id, _submit_loss(services, tenant, run_id, seq_id, loss))
+    return _accepted(run_id, await _submit_loss(services, tenant, run_id, seq_id, loss))
 
 
 @router.post("/forward")
@@ -181,22 +193,22 @@ async def forward(sent: RawBody[Forward], tenant: Caller, services: Served) -> d
 
 @router.post("/optim_step")
 async def optim_step(sent: RawBody[Step], tenant: Caller, services: Served) -> dict[str, Any]:
-    def submit(run_id: str, seq_id: int) -> str:
-        return services.operations.optim_step(tenant, run_id, seq_id, step_params(sent.content))
+    async def submit(run_id: str, seq_id: int) -> str:
+        return await services.operations.optim_step(tenant, run_id, seq_id, step_params(sent.content))
 
-    return _submit(services, tenant, sent, submit)
+    return await _submit(services, tenant, sent, submit)
 
 
 @router.post("/save_weights")
 async def save_weights(sent: RawBody[SaveWeights], tenant: Caller, services: Served) -> dict[str, Any]:
-    def submit(run_id: str, seq_id: int) -> str:
+    async def submit(run_id: str, seq_id: int) -> str:
         body = sent.parse()
-        metadata = texts(body.user_metadata)
-        return services.operations.save_weights(
+        metadata = texts(body.user_metadata, sent.limits)
+        return await services.operations.save_weights(
             tenant, run_id, seq_id, body.path, body.ttl_seconds, body.overwrite, metadata
         )
 
-    return _submit(services, tenant, sent, submit)
+    return await _submit(services, tenant, sent, submit)
 
 
 @router.post("/save_weights_for_sampler")
@@ -205,85 +217,86 @@ async def save_weights_for_sampler(
 ) -> dict[str, Any]:
     """With ``path``, a named checkpoint; without, a sampling session on weights that nothing else names."""
 
-    def submit(run_id: str, seq_id: int) -> str:
+    async def submit(run_id: str, seq_id: int) -> str:
         body = sent.parse()
-        metadata = texts(body.user_metadata)
-        return services.operations.save_weights_for_sampler(
+        metadata = texts(body.user_metadata, sent.limits)
+        return await services.operations.save_weights_for_sampler(
             tenant, run_id, seq_id, body.path, body.sampling_session_seq_id, body.ttl_seconds, metadata, body.kind
         )
 
-    return _submit(services, tenant, sent, submit)
+    return await _submit(services, tenant, sent, submit)
 
 
 @router.post("/save_weights_external")
 async def save_weights_external(sent: RawBody[SaveWeightsExternal], tenant: Caller, services: Served) -> dict[str, Any]:
-    def submit(run_id: str, seq_id: int) -> str:
+    async def submit(run_id: str, seq_id: int) -> str:
         body = sent.parse()
-        return services.operations.save_weights_external(
+        return await services.operations.save_weights_external(
             tenant, run_id, seq_id, body.path, body.ttl_seconds, body.age_encryption_recipients
         )
 
-    return _submit(services, tenant, sent, submit)
+    return await _submit(services, tenant, sent, submit)
 
 
 @router.post("/load_weights")
 async def load_weights(sent: RawBody[LoadShape], tenant: Caller, services: Served) -> dict[str, Any]:
     if sent.parse_as(LoadShape).model_id is None:
         created = sent.parse_as(CreateFromWeights)
-        request_id = services.runs.create_from_checkpoint(
+        request_id = await services.runs.create_from_checkpoint(
             tenant,
             created.session_id,
             created.model_seq_id,
             created.path,
             created.optimizer,
             created.base_model,
-            texts(created.user_metadata),
+            texts(created.user_metadata, sent.limits),
             created.weights_access_token,
             created.family,
         )
         return {"request_id": request_id}
 
-    def submit(run_id: str, seq_id: int) -> str:
+    async def submit(run_id: str, seq_id: int) -> str:
         body = sent.parse_as(LoadWeights)
-        return services.operations.load_weights(
+        return await services.operations.load_weights(
             tenant, run_id, seq_id, body.path, body.optimizer, body.weights_access_token, body.family
         )
 
-    return _submit(services, tenant, sent, submit)
+    return await _submit(services, tenant, sent, submit)
 
 
 async def _loss_in_json(
     sent: Sent[ForwardBackward] | Sent[Forward], tenant: Tenant, services: Services, field: str, *, backward: bool
 ) -> dict[str, Any]:
-    limit_bytes = services.config.limits.max_request_bytes
     envelope = await off_loop(len(sent.content), sent.parse)
 
     def decode() -> LossRequest:
-        return wire.decode_loss_request_json(getattr(envelope, field), limit_bytes, backward=backward, field=field)
+        return wire.decode_loss_request_json(getattr(envelope, field), sent.limits, backward=backward, field=field)
 
     try:
         loss = await off_loop(len(sent.content), decode)
     except (InvalidInput, TooLarge) as error:
-        request_id = services.operations.reject(tenant, envelope.model_id, envelope.seq_id, error)
+        request_id = await services.operations.reject(tenant, envelope.model_id, envelope.seq_id, error)
     else:
-        request_id = _submit_loss(services, tenant, envelope.model_id, envelope.seq_id, loss)
+        request_id = await _submit_loss(services, tenant, envelope.model_id, envelope.seq_id, loss)
     return _accepted(envelope.model_id, request_id)
 
 
-def _submit_loss(services: Services, tenant: Tenant, run_id: str, seq_id: int, loss: LossRequest) -> str:
-    return services.operations.forward_backward(
+async def _submit_loss(services: Services, tenant: Tenant, run_id: str, seq_id: int, loss: LossRequest) -> str:
+    return await services.operations.forward_backward(
         tenant, run_id, seq_id, loss.data, loss.loss_fn, loss.loss_fn_config, loss.backward
     )
 
 
-def _submit(services: Services, tenant: Tenant, sent: Sent[Any], submit: Callable[[str, int], str]) -> dict[str, Any]:
+async def _submit(
+    services: Services, tenant: Tenant, sent: Sent[Any], submit: Callable[[str, int], Awaitable[str]]
+) -> dict[str, Any]:
     """``submit(run_id, seq_id)`` decodes the payload and queues it; if the payload is wrong, its seq is consumed by a
     future that says so."""
     envelope = sent.parse_as(Envelope)
     try:
-        request_id = submit(envelope.model_id, envelope.seq_id)
+        request_id = await submit(envelope.model_id, envelope.seq_id)
     except InvalidInput as error:
-        request_id = services.operations.reject(tenant, envelope.model_id, envelope.seq_id, error)
+        request_id = await services.operations.reject(tenant, envelope.model_id, envelope.seq_id, error)
     return _accepted(envelope.model_id, request_id)
 
 

@@ -1,4 +1,5 @@
-"""What was used, by the hour, and what is stored. This server knows no prices: all costs are null."""
+"""What was used, by the hour, and what is stored, with what it cost. What has no price, or one that is not in US
+dollars, costs null: the API's fields are named so."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from fastapi import APIRouter
 
 from tuft.api.auth import Caller, Served
 from tuft.api.body import utc
-from tuft.records import CheckpointStorage, Tenant, UsageRow
+from tuft.records import GIGABYTE, CheckpointStorage, Tenant, UsageRow, price_of
 
 router = APIRouter(tags=["usage"])
 
 _HOUR = timedelta(hours=1)
-_GIGABYTE = 1e9
+_CURRENCY = "USD"
 
 
 @router.get("/billing/usage/events")
@@ -25,7 +26,7 @@ async def usage_events(
     since, until = utc(starting_on, "starting_on"), utc(ending_before, "ending_before")
     rows = await services.usage.between(tenant, since, until)
     return {
-        "data": [_event(row, tenant) for row in rows],
+        "data": [_event(row, tenant, services.prices.currency == _CURRENCY) for row in rows],
         "sessions": {row.session_id: {"user_metadata": row.user_metadata} for row in rows if row.session_id},
         "cost_data_through": None,
     }
@@ -35,10 +36,15 @@ async def usage_events(
 async def checkpoint_storage(tenant: Caller, services: Served, project_id: str | None = None) -> dict[str, Any]:
     """Of the caller's checkpoints, and of those in the projects that the caller is a member of."""
     stored = services.usage.storage(tenant, project_id)
-    return {"effective_rate_usd_per_gigabyte_month": None, "data": [_stored(item) for item in stored]}
+    rate = services.prices.rate("storage", "") if services.prices.currency == _CURRENCY else 0
+    price = price_of(rate) if rate else None
+    return {"effective_rate_usd_per_gigabyte_month": price, "data": [_stored(item, price) for item in stored]}
 
 
-def _event(row: UsageRow, tenant: Tenant) -> dict[str, Any]:
+def _event(row: UsageRow, tenant: Tenant, has_costs: bool) -> dict[str, Any]:
+    has_costs = has_costs and row.rate > 0
+    price = price_of(row.rate) if has_costs else None
+    is_storage = row.kind == "storage"
     return {
         "bucket_start": row.hour,
         "bucket_end": row.hour + _HOUR,
@@ -47,9 +53,9 @@ def _event(row: UsageRow, tenant: Tenant) -> dict[str, Any]:
         "user_name": tenant.name,
         "session_id": row.session_id,
         "project_id": row.project_id,
-        "estimated_cost_usd": None,
-        "effective_rate_usd_per_million_tokens": None,
-        "effective_rate_usd_per_gigabyte_month": None,
+        "estimated_cost_usd": row.cost if has_costs else None,
+        "effective_rate_usd_per_million_tokens": None if is_storage else price,
+        "effective_rate_usd_per_gigabyte_month": price if is_storage else None,
         "event_info": _info(row),
     }
 
@@ -57,7 +63,7 @@ def _event(row: UsageRow, tenant: Tenant) -> dict[str, Any]:
 def _info(row: UsageRow) -> dict[str, Any]:
     match row.kind:
         case "storage":
-            gigabyte_hours = row.quantity / _GIGABYTE / _HOUR.total_seconds()
+            gigabyte_hours = row.quantity / GIGABYTE / _HOUR.total_seconds()
             return {"type": "storage", "free": False, "gigabyte_hours": gigabyte_hours}
         case "checkpoint":
             return {"type": "checkpoint", "count": row.quantity}
@@ -70,7 +76,8 @@ def _info(row: UsageRow) -> dict[str, Any]:
             return {"type": "training", "token_count": row.quantity}
 
 
-def _stored(item: CheckpointStorage) -> dict[str, Any]:
+def _stored(item: CheckpointStorage, price: float | None) -> dict[str, Any]:
+    gigabytes = item.num_bytes / GIGABYTE
     return {
         "project_id": item.project_id,
         "org_user_urn": item.owner.urn,
@@ -78,6 +85,6 @@ def _stored(item: CheckpointStorage) -> dict[str, Any]:
         "user_name": item.owner.name,
         "checkpoint_count": item.num_checkpoints,
         "size_bytes": item.num_bytes,
-        "size_gigabytes": item.num_bytes / _GIGABYTE,
-        "estimated_monthly_cost_usd": None,
+        "size_gigabytes": gigabytes,
+        "estimated_monthly_cost_usd": None if price is None else price * gigabytes,
     }

@@ -6,24 +6,26 @@ cannot compute is refused by name instead of being left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from tuft.api import tensors
+from tuft.api.body import check_count
 from tuft.api.proto import wire_pb2
 from tuft.api.tensors import WireTensor
+from tuft.config import LimitsSection
 from tuft.errors import InvalidInput, TooLarge
 from tuft.types import Datum, Int64Array, ProvenanceSpan
 
 TEXT_ONLY = "must be encoded_text: the models served here read text only"
-MAX_DATA, MAX_CHUNKS, MAX_NAMES = 2**12, 2**14, 64
-"""Of a request; of a datum or prompt; of a datum's inputs, and of a loss's options. The SDK sends 1024 data at once."""
 MAX_SEQ_ID = 2**31 - 1
 """Of a run's operations; a sample's seq_id has 64 bits."""
 
+_TOKEN_BYTES = 4
+_MAX_ID_CHARS = 1000
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
@@ -37,25 +39,28 @@ class LossRequest:
     backward: bool
 
 
-def decode_loss_request(body: bytes, limit_bytes: int) -> LossRequest:
+def decode_loss_request(body: bytes, limits: LimitsSection) -> LossRequest:
     """A ForwardBackwardRequest in protobuf.
 
     Dense arrays are read-only views of ``body``'s parts. Raises InvalidInput naming datum and field, and TooLarge if
-    sparse tensors would fill more than ``limit_bytes`` when dense.
+    sparse tensors would fill more than ``limits.max_request_bytes`` when dense.
     """
     message = wire_pb2.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
     except DecodeError as error:
         raise InvalidInput("body", f"{len(body)} bytes", "must be a ForwardBackwardRequest in protobuf") from error
-    _check_count(message.data, MAX_DATA, "data")
-    _check_count(message.loss_fn_config, MAX_NAMES, "loss_fn_config")
-    _check_count(message.loss_fn_config_v2, MAX_NAMES, "loss_fn_config")
+    check_count(message.data, "data", limits, "max_data")
+    check_count(message.loss_fn_config, "loss_fn_config", limits, "max_names")
+    check_count(message.loss_fn_config_v2, "loss_fn_config", limits, "max_names")
+    num_tokens = 0
     parts = []
     for index, datum in enumerate(message.data):
         field = f"data[{index}]"
-        _check_count(datum.model_input, MAX_CHUNKS, f"{field}.model_input")
-        _check_count(datum.loss_fn_inputs, MAX_NAMES, f"{field}.loss_fn_inputs")
+        check_count(datum.model_input, f"{field}.model_input", limits, "max_chunks")
+        check_count(datum.loss_fn_inputs, f"{field}.loss_fn_inputs", limits, "max_names")
+        num_tokens += sum(len(chunk.encoded_text.tokens) for chunk in datum.model_input) // _TOKEN_BYTES
+        _check_tokens(num_tokens, "data", limits.max_tokens, "max_tokens")
         chunks = [_chunk_tokens(chunk, f"{field}.model_input[{i}]") for i, chunk in enumerate(datum.model_input)]
         tokens_T = _concatenated(chunks)
         inputs = {
@@ -65,10 +70,10 @@ def decode_loss_request(body: bytes, limit_bytes: int) -> LossRequest:
         input_spans = _spans(datum.model_input_spans, len(tokens_T), f"{field}.model_input_spans")
         target_spans = _spans(datum.loss_fn_input_spans, len(tokens_T), f"{field}.loss_fn_input_spans")
         parts.append(_Parts(tokens_T, inputs, input_spans, target_spans))
-    return LossRequest(_data(parts, limit_bytes), message.loss_fn, _config(message), backward=not message.forward_only)
+    return LossRequest(_data(parts, limits), message.loss_fn, _config(message), backward=not message.forward_only)
 
 
-def decode_loss_request_json(fields: object, limit_bytes: int, *, backward: bool, field: str) -> LossRequest:
+def decode_loss_request_json(fields: object, limits: LimitsSection, *, backward: bool, field: str) -> LossRequest:
     """The same in JSON: ``{"data": [{"model_input": {"chunks": [...]}, "loss_fn_inputs": {...}}], "loss_fn": ...}``,
     which stands under the name ``field`` in the body."""
     request = _object(fields, field)
@@ -77,29 +82,38 @@ def decode_loss_request_json(fields: object, limit_bytes: int, *, backward: bool
         raise InvalidInput(f"{field}.loss_fn", loss_fn, "must be the name of a loss")
     config: dict[str, float | str] = {}
     sent_config = _object(request.get("loss_fn_config") or {}, f"{field}.loss_fn_config")
-    _check_count(sent_config, MAX_NAMES, f"{field}.loss_fn_config")
+    check_count(sent_config, f"{field}.loss_fn_config", limits, "max_names")
     for key, value in sent_config.items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise InvalidInput(f"{field}.loss_fn_config.{key}", value, "must be a number or a text")
         config[key] = value
     parts = []
     data = _list(request.get("data"), f"{field}.data")
-    _check_count(data, MAX_DATA, f"{field}.data")
+    check_count(data, f"{field}.data", limits, "max_data")
+    num_tokens = 0
     for index, item in enumerate(data):
         name = f"{field}.data[{index}]"
         datum = _object(item, name)
-        tokens_T = prompt_tokens_json(datum.get("model_input"), f"{name}.model_input")
+        tokens_T = _tokens_json(datum.get("model_input"), f"{name}.model_input", limits)
+        num_tokens += len(tokens_T)
+        _check_tokens(num_tokens, f"{field}.data", limits.max_tokens, "max_tokens")
         inputs = _object(datum.get("loss_fn_inputs") or {}, f"{name}.loss_fn_inputs")
-        _check_count(inputs, MAX_NAMES, f"{name}.loss_fn_inputs")
+        check_count(inputs, f"{name}.loss_fn_inputs", limits, "max_names")
         named = {key: tensors.from_json(value, f"{name}.loss_fn_inputs.{key}") for key, value in inputs.items()}
         parts.append(_Parts(tokens_T, named))
-    return LossRequest(_data(parts, limit_bytes), loss_fn, config, backward=backward)
+    return LossRequest(_data(parts, limits), loss_fn, config, backward=backward)
 
 
-def prompt_tokens_json(model_input: object, field: str) -> Int64Array:
+def prompt_tokens_json(model_input: object, field: str, limits: LimitsSection) -> Int64Array:
     """The tokens of ``{"chunks": [{"type": "encoded_text", "tokens": [...]}, ...]}``, chunk after chunk."""
+    tokens_P = _tokens_json(model_input, field, limits)
+    _check_tokens(len(tokens_P), field, limits.max_prompt_tokens, "max_prompt_tokens")
+    return tokens_P
+
+
+def _tokens_json(model_input: object, field: str, limits: LimitsSection) -> Int64Array:
     chunks = _list(_object(model_input, field).get("chunks"), f"{field}.chunks")
-    _check_count(chunks, MAX_CHUNKS, f"{field}.chunks")
+    check_count(chunks, f"{field}.chunks", limits, "max_chunks")
     parts = []
     for index, item in enumerate(chunks):
         name = f"{field}.chunks[{index}]"
@@ -131,6 +145,8 @@ def scan_envelope(body: bytes) -> tuple[str, int]:
         pass
     if model_id is None or seq_id is None:
         raise InvalidInput("body", f"{len(body)} bytes", "must be a protobuf request with model_id and seq_id")
+    if len(model_id) > _MAX_ID_CHARS:
+        raise InvalidInput("model_id", model_id, f"must have at most {_MAX_ID_CHARS} characters")
     if not 1 <= seq_id <= MAX_SEQ_ID:
         raise InvalidInput("seq_id", seq_id, f"must be 1 to {MAX_SEQ_ID}")
     return model_id, seq_id
@@ -213,13 +229,15 @@ def _spans(spans: Sequence[wire_pb2.ProvenanceSpan], num_tokens: int, field: str
     return tuple(found)
 
 
-def _data(parts: Sequence[_Parts], limit_bytes: int) -> tuple[Datum, ...]:
+def _data(parts: Sequence[_Parts], limits: LimitsSection) -> tuple[Datum, ...]:
+    limit_bytes = limits.max_request_bytes
     sparse_bytes = sum(
         tensor.dense_bytes for part in parts for tensor in part.inputs.values() if tensor.crow is not None
     )
     if sparse_bytes > limit_bytes:
         raise TooLarge(
-            f"data: its sparse tensors are {sparse_bytes} bytes when dense; at most {limit_bytes} bytes are allowed"
+            f"data: its sparse tensors are {sparse_bytes} bytes when dense; at most {limit_bytes} bytes are allowed "
+            "(limits.max_request_bytes)"
         )
     return tuple(
         Datum(
@@ -232,10 +250,9 @@ def _data(parts: Sequence[_Parts], limit_bytes: int) -> tuple[Datum, ...]:
     )
 
 
-def _check_count(items: Sized, most: int, field: str) -> None:
-    """Before a Python object is made of each."""
-    if len(items) > most:
-        raise InvalidInput(field, f"{len(items)} of them", f"must be at most {most}")
+def _check_tokens(num_tokens: int, field: str, most: int, limit: str) -> None:
+    if num_tokens > most:
+        raise InvalidInput(field, f"{num_tokens} tokens", f"must be at most {most} (limits.{limit})")
 
 
 def _object(value: object, field: str) -> Mapping[str, object]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tuft import __version__
-from tuft.cli import configuration, keys, launch
+from tuft.cli import checkpoints, configuration, estimate, keys, launch, quotas, tenants, usage
 from tuft.cli.options import err, escaped, out
 from tuft.errors import TuftError
 
@@ -22,7 +22,17 @@ app.command(
     "launch",
     epilog="Examples:  tuft launch  ·  tuft launch --port 0 --home /tmp/try  ·  tuft launch --config tuft.toml",
 )(launch.launch)
+app.add_typer(tenants.app, name="tenant")
 app.add_typer(keys.app, name="key")
+app.add_typer(checkpoints.app, name="checkpoint")
+app.add_typer(quotas.app, name="quota")
+app.command(
+    "usage", epilog="Examples:  tuft usage  ·  tuft usage --tenant alice --by day,kind  ·  tuft usage --by key --json"
+)(usage.usage)
+app.command(
+    "estimate",
+    epilog="Examples:  tuft estimate chats.jsonl --epochs 3  ·  tuft estimate chats.jsonl --calibrate --json",
+)(estimate.estimate)
 app.command("config", epilog="Examples:  tuft config --check --config tuft.toml  ·  tuft config --show")(
     configuration.config_command
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tuft.engine.base import CopyAdapter, CreateAdapter, DropAdapter, ExportAdapter, LoadAdapter
 from tuft.engine.loaded import LoadedModel
 from tuft.engine.paging import Pager
-from tuft.errors import EngineError, InvalidInput
+from tuft.errors import EngineDied, EngineError, InvalidInput
 from tuft.models.lora import Adapter
 from tuft.types import AdapterState
 
@@ -67,10 +67,10 @@ class Adapters:
         return model
 
     def get(self, adapter_id: str) -> LoadedAdapter:
-        """Raises EngineError."""
+        """Raises EngineDied: it was in another engine process, if anywhere."""
         loaded = self._adapters.get(adapter_id)
         if loaded is None:
-            raise EngineError(f"adapter {adapter_id!r} is not loaded in this engine process")
+            raise EngineDied(f"adapter {adapter_id!r} is not loaded in this engine process")
         self._fetch(loaded.adapter)
         return loaded
 

@@ -101,7 +101,8 @@ class RunLoss:
     from ``first_datum``. The reply to the last part is the LossResult of all of it, in the user's order; to the others
     it is None. If a part fails, so do all that follow, with the same error. Gradients are added to the adapter's only
     when the last part has succeeded, so a failed operation leaves none. ``custom_loss`` is computed instead of one that
-    ``loss_fn`` would name.
+    ``loss_fn`` would name. A part that goes ``ahead`` is computed before what waits of other adapters.
+    ``sampling_share``: for how long to sample behind it, beside the time that it took.
     """
 
     adapter_id: str
@@ -114,6 +115,8 @@ class RunLoss:
     datum_numbers: tuple[int, ...] = ()
     is_last: bool = True
     custom_loss: CustomLoss | None = None
+    ahead: bool = False
+    sampling_share: float = 1.0
 
     @property
     def numbers(self) -> Sequence[int]:

@@ -1,7 +1,8 @@
 """Computes what the mailbox brings, in the engine process: training pass by pass, sampling all the time.
 
 One thread. Losses and optimizer steps that wait together are computed together. After each pass, call of the optimizer
-or other command the samplers step for about as long as that took, so neither starves.
+or other command the samplers step for about as long as that took, or the share of it that the pass says, so neither
+starves.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Executor:
         self._pass_tokens = pass_tokens
         self._waiting: deque[_Waiting] = deque()
         self._pass_began = 0.0
+        self._sampling_share = 1.0
 
     def run(self) -> Never:
         while True:
@@ -115,6 +117,7 @@ class Executor:
     def _next(self) -> list[_Waiting]:
         """Take out the first command and, if it is a loss or an optimizer step, those of its kind that can be computed
         with it, of whatever batch. None passes another of its adapter. Losses are as many as fit a pass."""
+        self._bring_ahead()
         due: list[_Waiting] = []
         left: deque[_Waiting] = deque()
         barred: set[str | None] = set()  # adapters of which no more may join
@@ -134,6 +137,20 @@ class Executor:
                 barred.update(ids)
         self._waiting = left
         return due
+
+    def _bring_ahead(self) -> None:
+        """Losses that go ahead come before all that waits of other adapters."""
+        first: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        barred: set[str | None] = set()
+        for item in self._waiting:
+            ids = _adapter_ids(item.command)
+            goes_ahead = isinstance(item.command, RunLoss) and item.command.ahead and barred.isdisjoint(ids)
+            (first if goes_ahead else left).append(item)
+            if not goes_ahead:
+                barred.update(ids)
+        left.extendleft(reversed(first))
+        self._waiting = left
 
     def _reply(self, number: int, result: object) -> None:
         self._send(Reply(number, result))
@@ -155,9 +172,9 @@ class Executor:
             self._reply(number, outcome)
 
     def _sample_as_long(self) -> None:
-        """Sample for as long as the pass took that has just ended, or until nobody wants any."""
+        """Sample for as long as the pass took that has just ended, times its share, or until nobody wants any."""
         now = time.monotonic()
-        until = now + (now - self._pass_began)
+        until = now + (now - self._pass_began) * self._sampling_share
         self._collect(wait=False)
         while self._is_sampling:
             self._step()
@@ -188,6 +205,7 @@ class Executor:
 
     def _compute(self, due: Sequence[_Waiting]) -> None:
         losses = {item.number: item.command for item in due if isinstance(item.command, RunLoss)}
+        self._sampling_share = max((loss.sampling_share for loss in losses.values()), default=1.0)
         steps = {item.number: item.command for item in due if isinstance(item.command, OptimStep)}
         if losses:
             self._run_losses(losses)

@@ -1,4 +1,4 @@
-"""The audit log: who saved, read, shared or deleted what, as each tenant may see it of its own."""
+"""The audit log: who saved, read, shared, deleted or changed what, as each tenant may see it of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 
-from tuft.records import AuditEntry, Tenant, now
+from tuft.records import AuditEntry, Operator, Tenant, now
 from tuft.store.audit import AuditLog
 
 RESOURCES: Mapping[str, tuple[str, ...] | None] = {
@@ -16,9 +16,12 @@ RESOURCES: Mapping[str, tuple[str, ...] | None] = {
     "checkpoints": ("checkpoint",),
     "projects": ("project",),
     "teams": ("team",),  # there are none
-    "organizations": ("key",),  # a tenant's keys are what an organization's roles are elsewhere
+    "organizations": ("key", "tenant"),  # a tenant's keys are what an organization's roles are elsewhere
 }
 """What the API may ask for, and the first words of the events that are about it."""
+DENIED = "access_denied"
+"""A tenant asked for what is another's: for the operator's eyes alone. To whom it was refused it would tell that the id
+exists, which no answer does."""
 _MAX_ENTRIES = 20_000  # of one answer
 _SWEEP_INTERVAL_S = 3600.0
 
@@ -31,20 +34,38 @@ class Audit:
         self._retention = timedelta(days=retention_days)
         self._next_sweep_s = 0.0
 
-    def note(self, actor: Tenant, event: str, owner_id: str | None = None, **details: str | int | None) -> None:
-        """``event`` reads ``<resource>_<action>``; ``owner_id`` is the tenant whose thing it was, if not the actor."""
-        concerned = {actor.tenant_id, owner_id or actor.tenant_id}
+    def note(
+        self, actor: Tenant | Operator, event: str, owner_id: str | None = None, **details: str | int | None
+    ) -> None:
+        """``event`` reads ``<resource>_<action>``; ``owner_id`` is the tenant whose thing it was, if not the actor. An
+        operator is no tenant: what they do is always somebody's, who then sees it."""
+        concerned = {actor.tenant_id} if isinstance(actor, Tenant) else set()
+        if owner_id is not None:
+            concerned.add(owner_id)
+        assert concerned
         self._log.add(concerned, now(), event, {"actor": actor.urn, **details})
 
-    async def of_day(self, tenant: Tenant, event_type: str, day: date) -> list[AuditEntry]:
-        """The tenant's entries of a day (UTC), oldest first. Of a day with too many the newest, behind an entry that
-        says how many are left out."""
+    def note_refusal(self, concerned_id: str, actor_urn: str, event: str, **details: str) -> None:
+        """Somebody was refused what exists: seen by the tenant ``concerned_id``, unless the event is ``DENIED``."""
+        self._log.add([concerned_id], now(), event, {"actor": actor_urn, **details})
+
+    async def of_day(
+        self, tenant: Tenant | None, event_type: str, day: date, *, for_operator: bool = False
+    ) -> list[AuditEntry]:
+        """The tenant's entries of a day (UTC), or everyone's, oldest first: one that concerns two tenants stands there
+        for each. Of a day with too many the newest, behind an entry that says how many are left out."""
         if day > now().date():
             return []
         since = datetime.combine(day, time_of_day(), UTC)
         resources = RESOURCES[event_type]
         entries, total = await asyncio.to_thread(
-            self._log.newest, tenant.tenant_id, resources, since, since + timedelta(days=1), _MAX_ENTRIES
+            self._log.newest,
+            None if tenant is None else tenant.tenant_id,
+            resources,
+            since,
+            since + timedelta(days=1),
+            _MAX_ENTRIES,
+            () if for_operator else (DENIED,),
         )
         if total > len(entries):
             entries.insert(0, AuditEntry(entries[0].at, "audit_omitted", {"num_entries": total - len(entries)}))

@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from tuft.engine.base import CheckCustomLoss
-from tuft.errors import InvalidInput, QuotaExceeded, TuftError
+from tuft.errors import InvalidInput, QuotaExceeded, ServerError, TuftError, UserError, refusing
 from tuft.losses import CustomLoss
-from tuft.records import Run, Tenant
-from tuft.service.queue import Barrier
+from tuft.records import FutureKey, JournaledFuture, Run, Tenant
+from tuft.service.calls import CheckLoss, Rejected
+from tuft.service.futures import Futures, failure
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
 from tuft.service.validation import check_seq
 from tuft.store.custom_losses import CustomLossTable
 from tuft.types import CustomLossCreated, FutureResult
 
-MAX_LOSSES = 128
-"""Of one session."""
-
 
 class CustomLosses:
     """A loss may be used by the runs of the session that created it, until the session is over."""
 
-    def __init__(self, table: CustomLossTable, scheduler: Scheduler, sessions: Sessions) -> None:
+    def __init__(
+        self, table: CustomLossTable, scheduler: Scheduler, sessions: Sessions, futures: Futures, max_losses: int
+    ) -> None:
+        """``max_losses``: of one session."""
         self._table = table
         self._scheduler = scheduler
         self._sessions = sessions
-        self._future_of_loss: dict[str, str] = {}
+        self._max_losses = max_losses
+        self._futures = futures
 
-    def create(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, loss: CustomLoss) -> str:
+    async def create(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, loss: CustomLoss) -> str:
         """Future: CustomLossCreated, or InvalidInput that names what the loss may not do. A retry of (session,
         custom_loss_seq_id) gets the first call's. Raises NotFound for a session that is not the tenant's."""
-        loss_id = _loss_id(session_id, custom_loss_seq_id)
+        return await self._start(tenant, session_id, custom_loss_seq_id, CheckLoss(session_id, loss))
 
-        async def check() -> FutureResult:
-            if self._table.get(session_id, loss_id) is None:
-                await self._scheduler.ask(CheckCustomLoss(loss))
-                if self._table.count(session_id) >= MAX_LOSSES:
-                    raise QuotaExceeded(f"this session has {MAX_LOSSES} custom losses, as many as one may have")
-                self._table.add(tenant, session_id, custom_loss_seq_id, loss_id, loss)
-            return CustomLossCreated(loss_id)
-
-        return self._start(tenant, session_id, custom_loss_seq_id, check)
-
-    def reject(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, error: TuftError) -> str:
+    async def reject(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, error: TuftError) -> str:
         """A future that fails with ``error``, as that of any loss that cannot be had."""
+        refused = failure(error)
+        return await self._start(tenant, session_id, custom_loss_seq_id, Rejected(refused.message, refused.category))
 
-        async def fail() -> FutureResult:
-            raise error
-
-        return self._start(tenant, session_id, custom_loss_seq_id, fail)
+    async def resume(self, pending: Sequence[JournaledFuture]) -> None:
+        """After a restart: check what an earlier server had accepted."""
+        for known in pending:
+            call = await self._futures.request(known.future_id)
+            self._scheduler.resume(known.future_id, partial(self._check, Tenant(known.tenant_id, ""), known.key, call))
 
     def named_by(self, run: Run, loss_fn_config: Mapping[str, float | str]) -> CustomLoss:
         """The loss of the run's session that the config of ``custom`` names; raises InvalidInput."""
@@ -59,28 +55,28 @@ class CustomLosses:
         loss = self._table.get(run.session_id, loss_id) if isinstance(loss_id, str) else None
         if loss is None:
             allowed = "must be the id of a loss that ServiceClient.create_custom_loss created in this session"
-            raise InvalidInput("loss_fn_config.loss_id", loss_id, allowed)
+            raise refusing("custom_loss", str(loss_id), InvalidInput("loss_fn_config.loss_id", loss_id, allowed))
         return loss
 
     def sweep(self) -> None:
-        """Forget the retries of futures that are no longer kept, and the losses of sessions that are over."""
+        """Forget the losses of sessions that are over."""
         for session_id in filter(self._sessions.is_over, self._table.sessions()):
             self._table.delete(session_id)
-        self._future_of_loss = {
-            loss_id: future_id
-            for loss_id, future_id in self._future_of_loss.items()
-            if self._scheduler.knows(future_id)
-        }
 
-    def _start(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, work: Barrier) -> str:
+    async def _start(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, call: CheckLoss | Rejected) -> str:
         self._sessions.require(tenant, session_id)
         check_seq(custom_loss_seq_id, "custom_loss_seq_id")
-        loss_id = _loss_id(session_id, custom_loss_seq_id)
-        known = self._future_of_loss.get(loss_id)
-        if known is None or not self._scheduler.knows(known):
-            known = self._future_of_loss[loss_id] = self._scheduler.start(tenant.tenant_id, work)
-        return known
+        key = FutureKey("custom_loss", session_id, custom_loss_seq_id)
+        return await self._scheduler.start(tenant, key, call, partial(self._check, tenant, key, call))
 
-
-def _loss_id(session_id: str, custom_loss_seq_id: int) -> str:
-    return f"{session_id}:loss:{custom_loss_seq_id}"
+    async def _check(self, tenant: Tenant, key: FutureKey, call: CheckLoss | Rejected) -> FutureResult:
+        if isinstance(call, Rejected):
+            raise UserError(call.message) if call.category == "user" else ServerError(call.message)
+        loss_id = f"{key.subject_id}:loss:{key.seq}"
+        if self._table.get(key.subject_id, loss_id) is None:
+            await self._scheduler.ask(CheckCustomLoss(call.loss))
+            if self._table.count(key.subject_id) >= self._max_losses:
+                allowed = f"limits.max_custom_losses is {self._max_losses}, for one session"
+                raise QuotaExceeded(f"this session has {self._max_losses} custom losses; {allowed}")
+            self._table.add(tenant, key.subject_id, key.seq, loss_id, call.loss)
+        return CustomLossCreated(loss_id)

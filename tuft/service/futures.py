@@ -1,22 +1,44 @@
-"""Results that clients come back for. Held in memory: each is kept until it was read, and a while longer."""
+"""Requests that clients come back for. Each is journaled before it is acknowledged, and so is its result.
+
+A pending future is in memory; so are results, until they are journaled and others need the room. Whatever is not in
+memory is read from the journal: a client that comes back to another process of the server notices nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from secrets import token_hex
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
-from tuft.errors import Gone, InvalidInput, QuotaExceeded, ServerError, TuftError
-from tuft.records import Tenant
+from tuft.encoding import Encoding
+from tuft.errors import (
+    EngineDied,
+    Gone,
+    InvalidInput,
+    SeqReused,
+    ServerError,
+    StorageError,
+    TuftError,
+    refusing,
+)
+from tuft.records import Charge, FutureKey, JournaledFuture, Outcome, Tenant, UsageKey, now
+from tuft.service.quotas import Quotas
+from tuft.store.journal import Accepted, Journal, Note, Settled
+from tuft.store.journal_writer import JournalWriter
 from tuft.types import Failure, FutureResult
 
 log = structlog.get_logger(__name__)
+
+Settlement = FutureResult | Failure
+_MAX_FORGOTTEN_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,62 +49,183 @@ class Pending:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready to be journaled. ``digest`` is that of what its client sent, ``num_rows`` what it needs of a
+    pass; ``content`` is ``request`` encoded; ``charge`` is what it may use at most."""
+
+    digest: str
+    request: Any
+    content: bytes
+    num_rows: int = 0
+    charge: Charge = field(default_factory=Charge)
+
+
 @dataclass(slots=True)
 class _Entry:
-    """``cancel`` ends the work, if that can be."""
+    """``accepted`` ends when the request is journaled, or cannot be; ``cancel`` ends the work, if that can be."""
 
+    future_id: str
     tenant_id: str
+    key: FutureKey
+    digest: str
+    accepted: asyncio.Future[str]
     cancel: Callable[[], object] | None = None
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
-    result: FutureResult | Failure | None = None
-    forget_at_s: float | None = None
+    result: Settlement | None = None
 
 
 class Futures:
-    """Futures of all tenants. Times in seconds of the monotonic clock."""
+    """Futures of all tenants. Retentions count seconds in which a server runs: no clock that jumps, and no time in
+    which nobody could fetch a result. ``cache_bytes``: results kept in memory although they are journaled."""
 
-    def __init__(self, *, read_retention_s: float, unread_retention_s: float, max_pending_per_tenant: int) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        encoding: Encoding,
+        quotas: Quotas,
+        *,
+        read_retention_s: float,
+        unread_retention_s: float,
+        cache_bytes: int = 2**27,
+    ) -> None:
+        self._journal = journal
+        self._writer = JournalWriter(journal)
+        self._encoding = encoding
+        self._quotas = quotas
         self._read_retention_s = read_retention_s
         self._unread_retention_s = unread_retention_s
-        self._max_pending_per_tenant = max_pending_per_tenant
+        self._cache_bytes = cache_bytes
         self._entries: dict[str, _Entry] = {}
+        self._of_key: dict[FutureKey, _Entry] = {}
         self._pending: Counter[str] = Counter()
+        self._cached: OrderedDict[str, int] = OrderedDict()  # journaled results in memory, with their bytes
+        self._num_cached_bytes = 0
+        self._delivered: set[str] = set()
+        self._epoch_s = 0.0
         self._is_closing = False
+
+    def start(self) -> list[JournaledFuture]:
+        """Take up where an earlier server ended. Returns what is still to be done, in the order it was accepted."""
+        self._epoch_s = self._journal.uptime_s() - time.monotonic()
+        self._writer.start()
+        pending = self._journal.pending()
+        for known in pending:
+            self._take_up(known)
+        return pending
+
+    def close(self) -> None:
+        """Write what is to be written."""
+        self._writer.close()
 
     @property
     def num_pending(self) -> int:
         return self._pending.total()
 
     @property
-    def num_kept(self) -> int:
-        """Pending ones, and those whose result is kept."""
+    def num_in_memory(self) -> int:
+        """Pending ones, and those whose result is in memory."""
         return len(self._entries)
 
-    def create(self, tenant_id: str) -> str:
-        """A new pending future's id. Raises QuotaExceeded when the tenant has too many pending."""
-        if self._pending[tenant_id] >= self._max_pending_per_tenant:
-            raise QuotaExceeded(
-                f"{self._pending[tenant_id]} operations of yours are waiting; "
-                f"limits.max_pending_per_tenant is {self._max_pending_per_tenant}: read some results first"
-            )
-        future_id = f"future-{token_hex(16)}"
-        self._entries[future_id] = _Entry(tenant_id)
-        self._pending[tenant_id] += 1
-        return future_id
+    # --- from request to result ---------------------------------------------------------------------------------------
 
-    def settle(self, future_id: str, result: FutureResult | Failure) -> None:
-        """Give the future its result and wake who waits for it. A future settles once."""
+    def prepare(self, sent: object, make: Callable[[], tuple[object, int]]) -> Prepared:
+        """``make`` returns the request to be journaled, which may be what was ``sent``, and its rows. This takes time
+        for much data and may run in a thread."""
+        content = self._encoding.encode(sent)
+        digest = hashlib.sha256(content).hexdigest()
+        request, num_rows = make()
+        return Prepared(digest, request, content if request is sent else self._encoding.encode(request), num_rows)
+
+    async def accept(self, tenant: Tenant, key: FutureKey, name: str, prepared: Prepared) -> tuple[str, bool]:
+        """The id of the request's future, once it is journaled, and whether it is new. A retry gets the first call's.
+
+        Raises SeqReused if another request had the same key, QuotaExceeded or CapReached from ``Quotas.reserve``,
+        StorageError if the journal cannot take it: then nothing has happened, and a retry may do.
+        """
+        known = self._of_key.get(key)
+        if known is not None:
+            _require_same(key, known.digest, prepared.digest)
+            return await asyncio.shield(known.accepted), False
+        journaled = self._journal.find(key)
+        if journaled is not None:
+            _require_same(key, journaled.digest, prepared.digest)
+            return journaled.future_id, False
+        entry = self._enter(tenant, key, prepared)
+        future = JournaledFuture(
+            future_id=entry.future_id,
+            tenant_id=tenant.tenant_id,
+            key_number=tenant.key_number,
+            key=key,
+            name=name,
+            digest=prepared.digest,
+            num_rows=prepared.num_rows,
+            request_bytes=len(prepared.content),
+            accepted_at=now(),
+            charge=prepared.charge,
+        )
+        try:
+            await self.write(lambda: Accepted(future, prepared.content))
+        except BaseException as error:
+            self._forget(entry.future_id)
+            self._pending[tenant.tenant_id] -= 1
+            self._quotas.release(entry.future_id)
+            entry.accepted.set_exception(error if isinstance(error, TuftError) else StorageError("not accepted"))
+            entry.accepted.exception()  # perhaps nobody waits for it
+            raise
+        entry.accepted.set_result(entry.future_id)
+        return entry.future_id, True
+
+    async def request(self, future_id: str) -> Any:
+        """What was asked, from the journal. Raises StorageError."""
+        return await asyncio.to_thread(self._read, future_id, "request")
+
+    def settle(self, future_id: str, result: Settlement, usage: Mapping[UsageKey, int] | None = None) -> None:
+        """Give the future its result and wake who waits for it; ``usage`` is counted with it. A future settles once."""
         entry = self._entries[future_id]
         assert entry.result is None, f"{future_id} settles twice"
         entry.result = result
-        entry.forget_at_s = time.monotonic() + self._unread_retention_s
         self._pending[entry.tenant_id] -= 1
+        self._quotas.settle(future_id, usage or {})
         _wake(entry)
+        forget_at_s = self.uptime_s() + self._unread_retention_s
+        num_bytes = 0
 
-    async def wait(self, tenant: Tenant, future_id: str, hold_s: float) -> FutureResult | Failure | Pending:
+        def make() -> Note:
+            nonlocal num_bytes
+            content = self._encoding.encode(result)
+            num_bytes = len(content)
+            return Settled(future_id, _outcome(result), content, forget_at_s, usage or {})
+
+        def journaled(error: StorageError | None) -> None:
+            if error is None and future_id in self._entries:  # one that the journal refuses for good stays in memory
+                self._cache(future_id, num_bytes)
+
+        self._writer.submit(make, partial(_tell, asyncio.get_running_loop(), journaled))
+
+    async def write(self, make: Callable[[], Note]) -> None:
+        """The note is in the journal, behind all that were given before. Raises StorageError."""
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[StorageError | None] = loop.create_future()
+
+        def tell(error: StorageError | None) -> None:
+            if not written.done():
+                written.set_result(error)
+
+        self._writer.submit(make, partial(_tell, loop, tell))
+        if (error := await written) is not None:
+            raise error
+
+    # --- the client's side --------------------------------------------------------------------------------------------
+
+    async def wait(self, tenant: Tenant, future_id: str, hold_s: float) -> Settlement | Pending:
         """The result, or Pending after ``hold_s`` seconds. Raises Gone for an id that is unknown, another tenant's,
         or no longer kept."""
-        entry = self._owned(tenant, future_id)
+        entry = self._entries.get(future_id)
+        if entry is None:
+            return await self._kept(tenant, future_id)
+        if entry.tenant_id != tenant.tenant_id:
+            raise _gone(future_id)
         if entry.result is None and not self._is_closing:
             waiter = asyncio.get_running_loop().create_future()
             entry.waiters.append(waiter)
@@ -92,7 +235,7 @@ class Futures:
                 entry.waiters.remove(waiter)
         if entry.result is None:
             return Pending()
-        entry.forget_at_s = time.monotonic() + self._read_retention_s
+        self._delivered.add(future_id)
         return entry.result
 
     def let_cancel(self, future_id: str, cancel: Callable[[], object]) -> None:
@@ -102,7 +245,12 @@ class Futures:
     def cancel(self, tenant: Tenant, future_id: str) -> None:
         """End a future's work; one that is settled stays as it is. Raises Gone like ``wait``, InvalidInput for work
         that cannot be ended."""
-        entry = self._owned(tenant, future_id)
+        entry = self._entries.get(future_id)
+        if entry is None:
+            self._owned(tenant, future_id)
+            return
+        if entry.tenant_id != tenant.tenant_id:
+            raise _gone(future_id)
         if entry.result is not None:
             return
         if entry.cancel is None:
@@ -111,31 +259,42 @@ class Futures:
             )
         entry.cancel()
 
-    def peek(self, future_id: str) -> FutureResult | Failure | None:
-        """The result if there is one. That it was seen does not shorten how long it is kept."""
+    def ended(self, future_id: str) -> tuple[Outcome, int] | None:
+        """How it ended, and the bytes of its result; None while it is pending, or once its result is not kept."""
         entry = self._entries.get(future_id)
-        return None if entry is None else entry.result
+        if entry is not None:
+            return None if entry.result is None else (_outcome(entry.result), self._cached.get(future_id, 0))
+        known = self._journal.future(future_id)
+        if known is None or known.outcome is None or known.result_bytes is None:
+            return None
+        return known.outcome, known.result_bytes
 
-    def free(self, future_id: str) -> bool:
-        """Forget a result that has arrived where it was wanted; False if there is none."""
-        if self.peek(future_id) is None:
-            return False
-        del self._entries[future_id]
-        return True
+    def free(self, future_ids: Sequence[str]) -> None:
+        """Results that have arrived where they were wanted. They are soon forgotten."""
+        self._delivered.update(future_ids)
 
-    def known(self, future_id: str) -> bool:
-        return future_id in self._entries
+    def is_pending(self, future_id: str) -> bool:
+        entry = self._entries.get(future_id)
+        return entry is not None and entry.result is None
 
-    def sweep(self) -> None:
-        """Forget results that were read, or that nobody reads, long enough ago."""
-        now_s = time.monotonic()
-        expired = [
-            future_id
-            for future_id, entry in self._entries.items()
-            if entry.forget_at_s is not None and entry.forget_at_s <= now_s
-        ]
-        for future_id in expired:
-            del self._entries[future_id]
+    # --- housekeeping -------------------------------------------------------------------------------------------------
+
+    def uptime_s(self) -> float:
+        """Seconds for which servers of this home have run. Only ever grows."""
+        return self._epoch_s + time.monotonic()
+
+    async def sweep(self) -> list[str]:
+        """Forget results that were delivered, or that nobody fetches, long enough ago. Returns their futures."""
+        delivered, self._delivered = self._delivered, set()
+        delivered -= {future_id for future_id in delivered if self.is_pending(future_id)}
+        try:
+            forgotten = await asyncio.to_thread(self._sweep, delivered)
+        except StorageError:
+            self._delivered |= delivered
+            raise
+        for future_id in forgotten:
+            self._forget(future_id)
+        return forgotten
 
     def release_waiters(self) -> None:
         """Answer every held poll now: the server is going down."""
@@ -143,11 +302,73 @@ class Futures:
         for entry in self._entries.values():
             _wake(entry)
 
-    def _owned(self, tenant: Tenant, future_id: str) -> _Entry:
-        entry = self._entries.get(future_id)
-        if entry is None or entry.tenant_id != tenant.tenant_id:
-            raise Gone(f"request_id: {future_id!r} is unknown here, or its result is no longer kept")
+    def _sweep(self, delivered: set[str]) -> list[str]:
+        uptime_s = self.uptime_s()
+        self._journal.keep_time(uptime_s)
+        if delivered:
+            self._journal.forget_at(delivered, uptime_s + self._read_retention_s)
+        forgotten = self._journal.forget_results(uptime_s, _MAX_FORGOTTEN_AT_ONCE)
+        self._journal.prune(_MAX_FORGOTTEN_AT_ONCE)
+        return forgotten
+
+    def _enter(self, tenant: Tenant, key: FutureKey, prepared: Prepared) -> _Entry:
+        future_id = f"future-{token_hex(16)}"
+        self._quotas.reserve(future_id, tenant, prepared.charge)
+        accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        entry = _Entry(future_id, tenant.tenant_id, key, prepared.digest, accepted)
+        self._keep(entry)
         return entry
+
+    def _take_up(self, known: JournaledFuture) -> None:
+        accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        accepted.set_result(known.future_id)
+        self._quotas.take_up(known.future_id, known.tenant_id, known.key_number, known.charge)
+        self._keep(_Entry(known.future_id, known.tenant_id, known.key, known.digest, accepted))
+
+    def _keep(self, entry: _Entry) -> None:
+        self._entries[entry.future_id] = self._of_key[entry.key] = entry
+        self._pending[entry.tenant_id] += 1
+
+    def _cache(self, future_id: str, num_bytes: int) -> None:
+        """The result may leave memory now, and those used longest ago do if it is too much."""
+        self._cached[future_id] = num_bytes
+        self._num_cached_bytes += num_bytes
+        while self._num_cached_bytes > self._cache_bytes:
+            self._forget(next(iter(self._cached)))
+
+    def _forget(self, future_id: str) -> None:
+        entry = self._entries.pop(future_id, None)
+        if entry is not None:
+            self._of_key.pop(entry.key, None)
+        self._num_cached_bytes -= self._cached.pop(future_id, 0)
+
+    async def _kept(self, tenant: Tenant, future_id: str) -> Settlement:
+        if self._owned(tenant, future_id).result_bytes is None:
+            raise _gone(future_id)
+        result: Settlement = await asyncio.to_thread(self._read, future_id, "result")
+        self._delivered.add(future_id)
+        return result
+
+    def _owned(self, tenant: Tenant, future_id: str) -> JournaledFuture:
+        known = self._journal.future(future_id)
+        if known is None or known.tenant_id != tenant.tenant_id:
+            raise _gone(future_id)
+        return known
+
+    def _read(self, future_id: str, content: Literal["request", "result"]) -> Any:
+        return self._encoding.decode(self._journal.content(future_id, content))
+
+
+def _gone(future_id: str) -> Gone:
+    error = Gone(f"request_id: {future_id!r} is unknown here, or its result is no longer kept")
+    return refusing("future", future_id, error)
+
+
+def _require_same(key: FutureKey, known: str, digest: str) -> None:
+    if known != digest:
+        raise SeqReused(
+            f"seq_id: {key.seq} of {key.subject_id} was used by another request; a retry must repeat the first one"
+        )
 
 
 def _wake(entry: _Entry) -> None:
@@ -156,10 +377,21 @@ def _wake(entry: _Entry) -> None:
             waiter.set_result(None)
 
 
-async def outcome(work: Awaitable[FutureResult]) -> FutureResult | Failure:
-    """What ``work`` ends with; its errors become a Failure, so that a future always settles."""
+def _tell(
+    loop: asyncio.AbstractEventLoop, told: Callable[[StorageError | None], None], error: StorageError | None
+) -> None:
+    """From the writer's thread."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(told, error)
+
+
+async def outcome(work: Awaitable[FutureResult]) -> Settlement:
+    """What ``work`` ends with; its errors become a Failure, so that a future always settles. EngineDied passes: the
+    work is done again."""
     try:
         return await work
+    except EngineDied:
+        raise
     except TuftError as error:
         return failure(error)
     except Exception as error:  # the boundary: a bug fails this one operation, never the loop
@@ -167,5 +399,9 @@ async def outcome(work: Awaitable[FutureResult]) -> FutureResult | Failure:
         return failure(ServerError(f"internal error: {type(error).__name__}: {error}"))
 
 
+def _outcome(result: Settlement) -> Outcome:
+    return "failed" if isinstance(result, Failure) else "ok"
+
+
 def failure(error: TuftError) -> Failure:
-    return Failure(str(error), "user" if error.category == "user" else "server")
+    return Failure(str(error), "user" if error.category == "user" else "server", error.refused)

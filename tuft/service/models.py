@@ -10,14 +10,16 @@ from tuft.types import BaseModelInfo
 
 
 class BaseModels:
-    """Empty until the engine can compute."""
+    """Empty until the engine can compute for the first time; one that starts again has the same."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._known: Sequence[BaseModelInfo] = ()
 
     @property
     def all(self) -> Sequence[BaseModelInfo]:
-        return self._engine.base_models
+        self._known = self._engine.base_models or self._known
+        return self._known
 
     def require(self, name: str, field: str = "base_model") -> BaseModelInfo:
         """The model of that name or alias. What follows a colon, as in ``Qwen/Qwen3-8B:peft:262144``, chooses among

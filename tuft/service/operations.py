@@ -1,26 +1,29 @@
-"""The calls of a run's loop: checked, then queued in the order of their seq. Each returns its future's id at once.
+"""The calls of a run's loop: checked, journaled, queued in the order of their seq, and those done that are no
+computation. Each call returns its future's id once it is journaled.
 
 A call that cannot be honoured fails through its future, so that its seq is consumed: the client counts on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tuft.engine.base import CopyAdapter, ExportAdapter, OptimStep, RunLoss
-from tuft.errors import InvalidInput, TuftError
+from tuft.errors import InvalidInput, ServerError, TuftError, UserError
 from tuft.losses import check_loss
 from tuft.optimizers import check_step
-from tuft.records import CheckpointPath, Run, Tenant, valid_name
+from tuft.records import Checkpoint, CheckpointPath, Run, Tenant, valid_name
+from tuft.service.calls import LoadWeights, Rejected, SaveExternal, SaveForSampler, SaveWeights
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.custom_losses import CustomLosses
+from tuft.service.futures import failure
 from tuft.service.models import BaseModels
 from tuft.service.provenance import Provenance
-from tuft.service.queue import Barrier, Work
+from tuft.service.queue import Operation
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
-from tuft.service.scheduler import Scheduler, lost
+from tuft.service.scheduler import Scheduler
 from tuft.service.validation import check_recipients, check_sampler_kind, check_seq, check_ttl
 from tuft.types import (
     AdapterState,
@@ -35,7 +38,8 @@ from tuft.types import (
 
 
 class Operations:
-    """All methods take the calling tenant and raise NotFound for a run that is not theirs."""
+    """All calls take the calling tenant and raise NotFound for a run that is not theirs, and what
+    ``Futures.accept`` raises."""
 
     def __init__(
         self,
@@ -54,8 +58,12 @@ class Operations:
         self._samplers = samplers
         self._provenance = provenance
         self._custom_losses = custom_losses
+        scheduler.perform(Rejected, self._fail)
+        scheduler.perform(SaveWeights, self._save)
+        scheduler.perform(SaveForSampler, self._save_for_sampler)
+        scheduler.perform(SaveExternal, self._save_external)
 
-    def forward_backward(
+    async def forward_backward(
         self,
         tenant: Tenant,
         run_id: str,
@@ -66,27 +74,32 @@ class Operations:
         backward: bool,
     ) -> str:
         """The loss of ``data`` and, if ``backward``, its gradients, which accumulate. Future: LossResult."""
+        run = self._run(tenant, run_id, seq_id)
+        sent = RunLoss(run_id, data, loss_fn, tuple(sorted(loss_fn_config.items())), backward)
 
-        def prepare(run: Run) -> RunLoss:
-            if run.status == "live" and not self._scheduler.is_live(run_id):
-                raise lost(run_id)
+        def check() -> RunLoss:
             custom = self._custom_losses.named_by(run, loss_fn_config) if loss_fn == "custom" else None
             check_loss(data, loss_fn, loss_fn_config, self._models.require(run.base_model), custom=custom)
+            if custom is None and loss_fn != "stable_reinforce":
+                return sent
             known = self._provenance.resolve(run, data) if loss_fn == "stable_reinforce" else data
-            return RunLoss(run_id, known, loss_fn, tuple(loss_fn_config.items()), backward, custom_loss=custom)
+            return replace(sent, data=known, custom_loss=custom)
 
-        return self._submit(tenant, run_id, seq_id, "forward_backward" if backward else "forward", prepare)
+        name = "forward_backward" if backward else "forward"
+        return await self._scheduler.submit(tenant, run, seq_id, name, sent, check)
 
-    def optim_step(self, tenant: Tenant, run_id: str, seq_id: int, params: OptimizerParams) -> str:
+    async def optim_step(self, tenant: Tenant, run_id: str, seq_id: int, params: OptimizerParams) -> str:
         """One update from the accumulated gradients, by the run's optimizer. Future: OptimStepResult."""
+        run = self._run(tenant, run_id, seq_id)
+        sent = OptimStep(run_id, params)
 
-        def prepare(run: Run) -> OptimStep:
+        def check() -> OptimStep:
             check_step(params, run.optimizer)
-            return OptimStep(run_id, params)
+            return sent
 
-        return self._submit(tenant, run_id, seq_id, "optim_step", prepare)
+        return await self._scheduler.submit(tenant, run, seq_id, "optim_step", sent, check)
 
-    def save_weights(
+    async def save_weights(
         self,
         tenant: Tenant,
         run_id: str,
@@ -97,25 +110,19 @@ class Operations:
         user_metadata: Mapping[str, str],
     ) -> str:
         """A training checkpoint: weights, moments, step and accumulated gradients. Future: WeightsSaved."""
+        run = self._run(tenant, run_id, seq_id)
+        sent = SaveWeights(name or "", ttl_seconds, overwrite, user_metadata)
 
-        def prepare(run: Run) -> Barrier:
+        def check() -> SaveWeights:
             if name is None:
                 raise InvalidInput("path", None, "save_state needs a name")
-            path = CheckpointPath(run_id, "training", valid_name(name, "path"))
+            valid_name(name, "path")
             check_ttl(ttl_seconds)
+            return sent
 
-            async def save() -> FutureResult:
-                if not overwrite:
-                    self._checkpoints.require_free(path)
-                state: AdapterState = await self._ask(run, ExportAdapter(run_id, with_optimizer=True))
-                await self._checkpoints.save(tenant, run, path, state, ttl_seconds, user_metadata)
-                return WeightsSaved(str(path))
+        return await self._scheduler.submit(tenant, run, seq_id, "save_weights", sent, check)
 
-            return save
-
-        return self._submit(tenant, run_id, seq_id, "save_weights", prepare)
-
-    def save_weights_for_sampler(
+    async def save_weights_for_sampler(
         self,
         tenant: Tenant,
         run_id: str,
@@ -129,8 +136,10 @@ class Operations:
         """Give the present weights to samplers: under ``name``, or, without one, in a sampling session of their own
         that nothing else can name. There, those of ``kind`` "snapshot" are frozen; "inflight" ones replace the weights
         of all inflight sessions of the run. Future: SamplerSaved."""
+        run = self._run(tenant, run_id, seq_id)
+        sent = SaveForSampler(name, sampling_session_seq_id, ttl_seconds, user_metadata, kind)
 
-        def prepare(run: Run) -> Barrier:
+        def check() -> SaveForSampler:
             check_sampler_kind(kind, name, ttl_seconds)
             if name is not None:
                 valid_name(name, "path")
@@ -139,30 +148,11 @@ class Operations:
             else:
                 check_seq(sampling_session_seq_id, "sampling_session_seq_id")
             check_ttl(ttl_seconds)
+            return sent
 
-            async def save() -> FutureResult:
-                if name is None and sampling_session_seq_id is not None:
-                    self._samplers.require_free(run.session_id, sampling_session_seq_id)
-                state: AdapterState = await self._ask(run, ExportAdapter(run_id, with_optimizer=False))
-                if name is not None:
-                    path = CheckpointPath(run_id, "sampler", name)
-                    saved = await self._checkpoints.save(tenant, run, path, state, ttl_seconds, user_metadata)
-                    await self._copy(run, saved.directory)
-                    return SamplerSaved(str(saved.path), None)
-                directory, _ = await self._checkpoints.write(run, "ephemeral", state)
-                await self._copy(run, directory)
-                assert sampling_session_seq_id is not None
-                if kind == "inflight":
-                    sampler = await self._samplers.add_inflight(run, sampling_session_seq_id, directory)
-                else:
-                    sampler = self._samplers.add_ephemeral(run, sampling_session_seq_id, directory)
-                return SamplerSaved(None, sampler.sampler_id)
+        return await self._scheduler.submit(tenant, run, seq_id, "save_weights_for_sampler", sent, check)
 
-            return save
-
-        return self._submit(tenant, run_id, seq_id, "save_weights_for_sampler", prepare)
-
-    def save_weights_external(
+    async def save_weights_external(
         self,
         tenant: Tenant,
         run_id: str,
@@ -173,22 +163,18 @@ class Operations:
     ) -> str:
         """PEFT's files of the present weights, to be downloaded; encrypted with age if there are ``recipients``.
         Future: ExternalSaved."""
+        run = self._run(tenant, run_id, seq_id)
+        sent = SaveExternal(name, ttl_seconds, None if recipients is None else tuple(recipients))
 
-        def prepare(run: Run) -> Barrier:
-            path = CheckpointPath(run_id, "external", valid_name(name, "path"))
+        def check() -> SaveExternal:
+            valid_name(name, "path")
             check_ttl(ttl_seconds)
             check_recipients(recipients)
+            return sent
 
-            async def save() -> FutureResult:
-                state: AdapterState = await self._ask(run, ExportAdapter(run_id, with_optimizer=False))
-                saved = await self._checkpoints.save(tenant, run, path, state, ttl_seconds, {}, recipients)
-                return ExternalSaved(str(path), saved.size_bytes)
+        return await self._scheduler.submit(tenant, run, seq_id, "save_weights_external", sent, check)
 
-            return save
-
-        return self._submit(tenant, run_id, seq_id, "save_weights_external", prepare)
-
-    def load_weights(
+    async def load_weights(
         self,
         tenant: Tenant,
         run_id: str,
@@ -200,52 +186,98 @@ class Operations:
     ) -> str:
         """Replace the run's weights by a checkpoint's; ``optimizer``, if given, can but be the run's own. Future:
         WeightsLoaded."""
+        run = self._run(tenant, run_id, seq_id)
+        sent = LoadWeights(path, with_optimizer, optimizer)
 
-        def prepare(run: Run) -> Barrier:
+        def check() -> LoadWeights:
             if optimizer not in (None, run.optimizer):
                 allowed = f"the run's optimizer is {run.optimizer!r} for as long as it lives"
                 raise InvalidInput("optimizer_config.type", optimizer, allowed)
+            return replace(sent, readers=self._checkpoints.readers(tenant, access_token))
 
-            async def load() -> FutureResult:
-                present = self._runs.get(tenant, run_id)
-                return await self._runs.load(tenant, present, path, with_optimizer, access_token)
+        return await self._scheduler.submit(tenant, run, seq_id, "load_weights", sent, check)
 
-            return load
-
-        return self._submit(tenant, run_id, seq_id, "load_weights", prepare)
-
-    def reject(self, tenant: Tenant, run_id: str, seq_id: int, error: TuftError) -> str:
+    async def reject(self, tenant: Tenant, run_id: str, seq_id: int, error: TuftError) -> str:
         """Consume the seq with a future that fails with ``error``."""
+        run = self._run(tenant, run_id, seq_id)
+        refused = failure(error)
+        sent = Rejected(refused.message, refused.category)
+        return await self._scheduler.submit(tenant, run, seq_id, "rejected", sent)
 
-        def prepare(_run: Run) -> Barrier:
-            raise error
+    # --- when their turn has come -------------------------------------------------------------------------------------
 
-        return self._submit(tenant, run_id, seq_id, "rejected", prepare)
+    async def _fail(self, operation: Operation, call: Rejected) -> FutureResult:
+        error = UserError(call.message) if call.category == "user" else ServerError(call.message)
+        error.refused = call.refused
+        raise error
 
-    def _submit(self, tenant: Tenant, run_id: str, seq_id: int, name: str, prepare: Callable[[Run], Work]) -> str:
+    async def _save(self, operation: Operation, call: SaveWeights) -> FutureResult:
+        run = self._runs.open_one(operation.run_id)
+        path = CheckpointPath(run.run_id, "training", call.name)
+        if not self._checkpoints.is_saved_by(path, operation.seq):
+            if not call.overwrite:
+                self._checkpoints.require_free(path)
+            state = await self._export(run, with_optimizer=True)
+            await self._name(operation, run, path, state, call.ttl_seconds, call.user_metadata)
+        return WeightsSaved(str(path))
+
+    async def _save_for_sampler(self, operation: Operation, call: SaveForSampler) -> FutureResult:
+        run = self._runs.open_one(operation.run_id)
+        if call.name is not None:
+            path = CheckpointPath(run.run_id, "sampler", call.name)
+            if not self._checkpoints.is_saved_by(path, operation.seq):
+                state = await self._export(run)
+                saved = await self._name(operation, run, path, state, call.ttl_seconds, call.user_metadata)
+                await self._copy(run, saved.directory)
+            return SamplerSaved(str(path), None)
+        assert call.sampling_session_seq_id is not None
+        known = self._samplers.saved_by(run, call.sampling_session_seq_id, operation.seq)
+        if known is not None:
+            return SamplerSaved(None, known.sampler_id)
+        self._samplers.require_free(run.session_id, call.sampling_session_seq_id)
+        directory, _ = await self._checkpoints.write(run, "ephemeral", await self._export(run))
+        await self._copy(run, directory)
+        sampler = await self._samplers.add_saved(
+            run, call.sampling_session_seq_id, directory, operation.seq, is_inflight=call.kind == "inflight"
+        )
+        return SamplerSaved(None, sampler.sampler_id)
+
+    async def _save_external(self, operation: Operation, call: SaveExternal) -> FutureResult:
+        run = self._runs.open_one(operation.run_id)
+        path = CheckpointPath(run.run_id, "external", call.name)
+        if not self._checkpoints.is_saved_by(path, operation.seq):
+            state = await self._export(run)
+            await self._name(operation, run, path, state, call.ttl_seconds, {}, call.recipients)
+        saved = self._checkpoints.at(path)
+        return ExternalSaved(str(path), 0 if saved is None else saved.size_bytes)
+
+    async def _name(
+        self,
+        operation: Operation,
+        run: Run,
+        path: CheckpointPath,
+        state: AdapterState,
+        ttl_seconds: int | None,
+        user_metadata: Mapping[str, str],
+        recipients: Sequence[str] | None = None,
+    ) -> Checkpoint:
+        """Save ``state`` under ``path``, for the caller of ``operation``."""
+        owner = replace(self._runs.owner(run), key_number=operation.key_number)
+        return await self._checkpoints.save(
+            owner, run, path, state, ttl_seconds, user_metadata, recipients, saved_seq=operation.seq
+        )
+
+    def _run(self, tenant: Tenant, run_id: str, seq_id: int) -> Run:
         run = self._runs.get(tenant, run_id)
         if seq_id < 1:
             raise InvalidInput("seq_id", seq_id, "must be at least 1")
         self._runs.touch(run)
-        work: Work
-        try:
-            work = prepare(run)
-        except TuftError as error:
-            work = _failing(error)
-        return self._scheduler.submit(run, seq_id, name, work)
+        return run
 
-    async def _ask(self, run: Run, command: ExportAdapter | CopyAdapter) -> Any:
-        if not self._scheduler.is_live(run.run_id):
-            raise lost(run.run_id)
-        return await self._scheduler.ask(command)
+    async def _export(self, run: Run, *, with_optimizer: bool = False) -> AdapterState:
+        state: AdapterState = await self._scheduler.ask(ExportAdapter(run.run_id, with_optimizer))
+        return state
 
     async def _copy(self, run: Run, directory: str) -> None:
-        await self._ask(run, CopyAdapter(run.run_id, directory))
+        await self._scheduler.ask(CopyAdapter(run.run_id, directory))
         self._samplers.residents.note(directory)
-
-
-def _failing(error: TuftError) -> Barrier:
-    async def fail() -> FutureResult:
-        raise error
-
-    return fail

@@ -13,7 +13,7 @@ from datetime import timedelta
 import numpy as np
 import numpy.typing as npt
 
-from tuft.errors import InvalidInput
+from tuft.errors import InvalidInput, refusing
 from tuft.records import RecordedSequence, Run, Tenant, now
 from tuft.store.sequences import Sequences
 from tuft.types import Datum, Float32Array, Int64Array, ProvenanceSpan, SampleResult
@@ -116,12 +116,13 @@ def _check_spans(
     for index, span in enumerate(spans):
         record = records.get(span.sequence_id)
         if record is None:
-            raise InvalidInput(
+            error = InvalidInput(
                 f"{where}[{index}].sequence_id",
                 span.sequence_id,
                 "must be a sequence that this session sampled with record_stability_info=True, and that was sampled or "
                 f"trained on within {RETENTION.days} day",
             )
+            raise refusing("sequence", span.sequence_id, error)
         limit = len(_source(span, record))
         if span.offset < 0 or span.length < 0 or span.offset + span.length > limit:
             whose = "the sequence" if span.is_sampled else "its prompt"

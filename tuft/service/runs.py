@@ -6,18 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
+from secrets import randbits
 
 from tuft.config import LimitsSection
-from tuft.engine.base import Command, CreateAdapter, DropAdapter, Engine, LoadAdapter
-from tuft.errors import InvalidInput, NotFound, QuotaExceeded, RunLost, TuftError
-from tuft.records import Checkpoint, Run, RunStatus, Shared, Tenant, now
+from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter
+from tuft.errors import EngineDied, InvalidInput, NotFound, RunLost, TuftError, refusing
+from tuft.records import Checkpoint, FutureKey, JournaledFuture, Run, RunStatus, Shared, Tenant, now
+from tuft.service.calls import CreateRun, CreateRunFromCheckpoint, LoadWeights, UnloadRun
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.models import BaseModels
 from tuft.service.projects import Projects
+from tuft.service.queue import Operation
+from tuft.service.quotas import Quotas
+from tuft.service.residency import Residency
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
+from tuft.service.snapshots import Snapshots
 from tuft.service.validation import check_lora, check_seq
 from tuft.store.catalog import Catalog
+from tuft.store.journal import Journal
 from tuft.types import AdapterState, FutureResult, LoraSpec, Optimizer, RunCreated, RunUnloaded, WeightsLoaded
 
 _CREATION_SEQ = 0  # the SDK counts a run's operations from 1; its creation is the one before
@@ -36,6 +44,10 @@ class Runs:
         checkpoints: Checkpoints,
         limits: LimitsSection,
         projects: Projects,
+        journal: Journal,
+        residency: Residency,
+        snapshots: Snapshots,
+        quotas: Quotas,
     ) -> None:
         self._catalog = catalog
         self._engine = engine
@@ -45,10 +57,18 @@ class Runs:
         self._checkpoints = checkpoints
         self._limits = limits
         self._projects = projects
+        self._journal = journal
+        self._residency = residency
+        self._snapshots = snapshots
+        self._quotas = quotas
         self._open: dict[str, Run] = {}
         self._touched: dict[str, datetime] = {}
+        residency.lose = self._lose
+        scheduler.perform(CreateRun, self._create)
+        scheduler.perform(CreateRunFromCheckpoint, self._create_from_checkpoint)
+        scheduler.perform(LoadWeights, self._load_weights)
 
-    def create(
+    async def create(
         self,
         tenant: Tenant,
         session_id: str,
@@ -60,21 +80,16 @@ class Runs:
     ) -> str:
         """A new run with a fresh adapter; returns the future of its RunCreated.
 
-        Raises InvalidInput, NotFound (session) or QuotaExceeded at once; a retry of (session, model_seq_id) gets the
-        first call's future.
+        Raises InvalidInput, NotFound (session), QuotaExceeded, or what ``Futures.accept`` raises; a retry of (session,
+        model_seq_id) gets the first call's future.
         """
         model = self._models.require(base_model)
         check_lora(spec, self._limits)
-        run = self._register(tenant, session_id, model_seq_id, model.name, spec, user_metadata, optimizer)
+        sent = CreateRun(base_model, spec, optimizer, user_metadata)
+        seeded = replace(spec, seed=randbits(31)) if spec.seed is None else spec  # so that it can begin again
+        return await self._begin(tenant, session_id, model_seq_id, model.name, seeded, optimizer, "create_model", sent)
 
-        async def begin() -> FutureResult:
-            with self._closing_if_it_fails(run):
-                await self._place(run, CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
-            return RunCreated(run.run_id)
-
-        return self._scheduler.submit(run, _CREATION_SEQ, "create_model", begin)
-
-    def create_from_checkpoint(
+    async def create_from_checkpoint(
         self,
         tenant: Tenant,
         session_id: str,
@@ -88,7 +103,9 @@ class Runs:
     ) -> str:
         """A new run that begins with a checkpoint's weights, and with its optimizer and that one's state if
         ``with_optimizer``; else with a fresh ``optimizer``, AdamW unless it is given, whatever the checkpoint's was."""
-        checkpoint = self._checkpoints.loadable(tenant, path, access_token)
+        sent = CreateRunFromCheckpoint(path, with_optimizer, base_model, optimizer, user_metadata)
+        readers = self._checkpoints.readers(tenant, access_token)
+        checkpoint = self._checkpoints.loadable(readers, path)
         model = self._models.require(checkpoint.base_model if base_model is None else base_model)
         if model.name != self._models.require(checkpoint.base_model).name:
             raise InvalidInput("base_model", base_model, f"the checkpoint belongs to {checkpoint.base_model}")
@@ -96,42 +113,69 @@ class Runs:
         family = optimizer or (checkpoint.optimizer if with_optimizer else "adamw")
         if with_optimizer:
             _require_same(checkpoint, family)
-        run = self._register(tenant, session_id, model_seq_id, model.name, checkpoint.spec, user_metadata, family)
+        name = "create_model_from_checkpoint"
+        return await self._begin(
+            tenant, session_id, model_seq_id, model.name, checkpoint.spec, family, name, sent, readers
+        )
 
-        async def begin() -> FutureResult:
-            with self._closing_if_it_fails(run):
-                present = self._checkpoints.loadable(tenant, path, access_token)  # a name may change its meaning
-                state = await self._read_state(tenant, run, present, with_optimizer)
-                await self._place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
-            return WeightsLoaded(path, run.run_id)
+    # --- when their turn has come -------------------------------------------------------------------------------------
 
-        return self._scheduler.submit(run, _CREATION_SEQ, "create_model_from_checkpoint", begin)
+    async def _create(self, operation: Operation, _call: CreateRun) -> FutureResult:
+        run = self.open_one(operation.run_id)
+        with self._closing_if_it_fails(run):
+            await self._place(run, CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
+        return RunCreated(run.run_id)
 
-    async def load(
-        self, tenant: Tenant, run: Run, path: str, with_optimizer: bool, access_token: str | None
-    ) -> WeightsLoaded:
-        """Replace a run's weights by a checkpoint's; its gradients are gone, its moments too unless loaded."""
-        checkpoint = self._checkpoints.loadable(tenant, path, access_token)
+    async def _create_from_checkpoint(self, operation: Operation, call: CreateRunFromCheckpoint) -> FutureResult:
+        run = self.open_one(operation.run_id)
+        with self._closing_if_it_fails(run):
+            present = self._checkpoints.loadable(call.readers, call.path)  # a name may change its meaning
+            await self._load(
+                run, operation.seq, await self._read_state(run, call.readers[0], present, call.with_optimizer)
+            )
+        return WeightsLoaded(call.path, run.run_id)
+
+    async def _load_weights(self, operation: Operation, call: LoadWeights) -> FutureResult:
+        """The run's gradients are gone, its moments too unless loaded."""
+        run = self.open_one(operation.run_id)
+        checkpoint = self._checkpoints.loadable(call.readers, call.path)
         for name in ("rank", "train_attn", "train_mlp", "train_unembed"):
             ours, theirs = getattr(run.spec, name), getattr(checkpoint.spec, name)
             if ours != theirs:
-                raise InvalidInput("path", path, f"its {name} is {theirs}, the run's is {ours}; they must be equal")
+                allowed = f"its {name} is {theirs}, the run's is {ours}; they must be equal"
+                raise InvalidInput("path", call.path, allowed)
         if checkpoint.base_model != run.base_model:
-            raise InvalidInput("path", path, f"it belongs to {checkpoint.base_model}, the run to {run.base_model}")
-        state = await self._read_state(tenant, run, checkpoint, with_optimizer)
-        await self._place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
-        return WeightsLoaded(path, run.run_id)
+            allowed = f"it belongs to {checkpoint.base_model}, the run to {run.base_model}"
+            raise InvalidInput("path", call.path, allowed)
+        await self._load(
+            run, operation.seq, await self._read_state(run, call.readers[0], checkpoint, call.with_optimizer)
+        )
+        return WeightsLoaded(call.path, run.run_id)
 
-    async def _read_state(self, tenant: Tenant, run: Run, checkpoint: Checkpoint, with_optimizer: bool) -> AdapterState:
+    async def _load(self, run: Run, seq: int, state: AdapterState) -> None:
+        """Go on from ``state``. It becomes the run's snapshot: the checkpoint may be gone when the run comes back."""
+        await self._place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
+        await self._snapshots.write(run, seq, state)
+
+    async def _read_state(self, run: Run, reader: Tenant, checkpoint: Checkpoint, with_optimizer: bool) -> AdapterState:
         """What ``run`` is to begin with, or to go on with."""
         if with_optimizer and not checkpoint.has_optimizer:
             allowed = "it holds no optimizer state; save_state() makes checkpoints that do"
             raise InvalidInput("path", str(checkpoint.path), allowed)
         if with_optimizer:
             _require_same(checkpoint, run.optimizer)
-        self._checkpoints.note_read(tenant, checkpoint, "training")
+        self._checkpoints.note_read(reader, checkpoint, "training")
         state = await self._checkpoints.read(checkpoint.directory, with_optimizer=with_optimizer)
         return replace(state, spec=run.spec, optimizer=run.optimizer)
+
+    # --- finding and ending them --------------------------------------------------------------------------------------
+
+    def open_one(self, run_id: str) -> Run:
+        """A run that takes operations; raises RunLost if it has ended."""
+        run = self._open.get(run_id)
+        if run is None:
+            raise RunLost(f"run {run_id} has ended")
+        return run
 
     def get(self, tenant: Tenant, run_id: str) -> Run:
         """The tenant's run of that id; raises NotFound."""
@@ -160,33 +204,51 @@ class Runs:
         """Tenant id to name, of those who own ``runs``."""
         return self._catalog.tenant_names({run.tenant_id for run in runs})
 
+    def owner(self, run: Run) -> Tenant:
+        return Tenant(run.tenant_id, self._catalog.tenant_names([run.tenant_id])[run.tenant_id])
+
     def touch(self, run: Run) -> None:
         """Note a request; written to the catalog now and then."""
         self._touched[run.run_id] = now()
 
-    def unload(self, tenant: Tenant, run_id: str) -> str:
+    async def unload(self, tenant: Tenant, run_id: str) -> str:
         """End a run: its adapter leaves the engine, its checkpoints stay. Returns the future of its RunUnloaded."""
         run = self.get(tenant, run_id)
+        key = FutureKey("unload", run_id, 0)
+        return await self._scheduler.start(tenant, key, UnloadRun(run_id), lambda: self._unload(run))
 
-        async def end() -> FutureResult:
-            await self._scheduler.ask(DropAdapter(run_id))
-            return RunUnloaded(run_id)
+    def resume(self, pending: Sequence[JournaledFuture], operations: Mapping[str, Sequence[Operation]]) -> int:
+        """After a restart: open the runs that were open, with the ``operations`` that each had waiting, and end those
+        that were to end (``pending``). Returns how many are open."""
+        for run in self._catalog.open_runs():
+            waiting = operations.get(run.run_id, ())
+            next_seq, is_begun = self._journal.position(run.run_id)
+            if not is_begun and not any(operation.seq == _CREATION_SEQ for operation in waiting):
+                self._catalog.set_run_status(run.run_id, "failed")  # it was never acknowledged
+                continue
+            self._open[run.run_id] = run
+            self._residency.open(run)
+            self._scheduler.open(run, next_seq, waiting)
+        num_open = len(self._open)
+        for known in pending:
+            ending = self._open.get(known.key.subject_id)
+            work = partial(_unloaded, known.key.subject_id) if ending is None else partial(self._unload, ending)
+            self._scheduler.resume(known.future_id, work)
+        return num_open
 
-        self._close(run, "unloaded" if run.status in ("creating", "live") else run.status)
-        return self._scheduler.start(tenant.tenant_id, end)
+    async def _unload(self, run: Run) -> FutureResult:
+        present = self._open.get(run.run_id, run)
+        self._close(present, "unloaded" if present.status in ("creating", "live") else present.status)
+        return RunUnloaded(run.run_id)
 
     def sweep(self) -> None:
-        """Write what ``touch`` noted, note which runs the engine's end has taken, and unload those whose session is
-        over: no client can reach them any more."""
+        """Write what ``touch`` noted, and unload the runs whose session is over: no client can reach them any more."""
         if self._touched:
             touched, self._touched = self._touched, {}
             self._catalog.touch_runs(touched)
         for run in list(self._open.values()):
-            if run.status == "live" and not self._scheduler.is_live(run.run_id):
-                self._set_status(run, "lost")
             if self._sessions.is_over(run.session_id):
                 self._close(run, "unloaded" if run.status == "live" else run.status)
-                self._engine.submit([DropAdapter(run.run_id)])
 
     def _as_touched(self, run: Run) -> Run:
         return replace(run, last_request_at=self._touched.get(run.run_id, run.last_request_at))
@@ -194,28 +256,47 @@ class Runs:
     def _shared(self, tenant: Tenant, accessible: bool) -> Shared:
         return self._projects.shared_with(tenant) if accessible else {}
 
-    def _register(
+    async def _begin(
         self,
         tenant: Tenant,
         session_id: str,
         model_seq_id: int,
         base_model: str,
         spec: LoraSpec,
-        user_metadata: Mapping[str, str],
         optimizer: Optimizer,
-    ) -> Run:
+        name: str,
+        sent: CreateRun | CreateRunFromCheckpoint,
+        readers: tuple[Tenant, ...] = (),
+    ) -> str:
+        """Register the run and journal its beginning."""
         self._sessions.require(tenant, session_id)
         check_seq(model_seq_id, "model_seq_id")
         run_id = f"{session_id}:train:{model_seq_id}"
         known = self._open.get(run_id) or self._catalog.run(tenant, run_id)
-        if known is not None:
-            return known
-        loaded = [run for run in self._open.values() if run.tenant_id == tenant.tenant_id and not run.corrupted]
-        if len(loaded) >= self._limits.max_runs_per_tenant:
-            raise QuotaExceeded(
-                f"{len(loaded)} runs of yours are loaded; limits.max_runs_per_tenant is "
-                f"{self._limits.max_runs_per_tenant}: unload one first"
-            )
+        run = known or self._register(tenant, run_id, session_id, model_seq_id, base_model, spec, optimizer, sent)
+
+        def make() -> CreateRun | CreateRunFromCheckpoint:
+            return replace(sent, readers=readers) if isinstance(sent, CreateRunFromCheckpoint) else sent
+
+        try:
+            return await self._scheduler.submit(tenant, run, _CREATION_SEQ, name, sent, make)
+        except TuftError:
+            if known is None:  # as if it had never been asked for
+                self._close(run, "failed")
+                self._catalog.delete_run(run_id)
+            raise
+
+    def _register(
+        self,
+        tenant: Tenant,
+        run_id: str,
+        session_id: str,
+        model_seq_id: int,
+        base_model: str,
+        spec: LoraSpec,
+        optimizer: Optimizer,
+        sent: CreateRun | CreateRunFromCheckpoint,
+    ) -> Run:
         moment = now()
         run = Run(
             run_id=run_id,
@@ -227,11 +308,14 @@ class Runs:
             status="creating",
             created_at=moment,
             last_request_at=moment,
-            user_metadata=dict(user_metadata),
+            user_metadata=dict(sent.user_metadata),
             optimizer=optimizer,
+            key_number=tenant.key_number,
         )
+        self._quotas.require_run(tenant, run, self._open.values(), self._models)
         self._catalog.add_run(run)
         self._open[run_id] = run
+        self._residency.open(run)
         self._scheduler.open(run, _CREATION_SEQ)
         return run
 
@@ -240,18 +324,29 @@ class Runs:
         """A run that never began takes no more operations."""
         try:
             yield
+        except EngineDied:
+            raise
         except TuftError:
             if run.run_id in self._open:
                 self._close(run, "failed")
             raise
 
-    async def _place(self, run: Run, command: Command) -> None:
+    async def _place(self, run: Run, command: CreateAdapter | LoadAdapter) -> None:
         """Put the run's adapter into the engine; from then on the run is live."""
+        await self._residency.make_room(run)
+        generation = self._engine.generation
         await self._scheduler.ask(command)
-        if run.run_id not in self._open:  # unloaded meanwhile: the engine drops the adapter after this command
+        if run.run_id not in self._open:  # unloaded meanwhile
+            await self._scheduler.ask(DropAdapter(run.run_id))
             raise RunLost(f"run {run.run_id} was unloaded before it could begin")
-        self._scheduler.mark_live(run.run_id)
+        self._residency.placed(run.run_id, generation)
         self._set_status(run, "live")
+
+    def _lose(self, run: Run, reason: RunLost) -> None:
+        """The run's state cannot be had any more."""
+        self._set_status(run, "lost")
+        self._scheduler.close(run.run_id, reason)
+        self._open.pop(run.run_id, None)
 
     def _set_status(self, run: Run, status: RunStatus) -> None:
         if run.status != status:
@@ -263,6 +358,11 @@ class Runs:
         self._set_status(run, status)
         self._open.pop(run.run_id, None)
         self._scheduler.close(run.run_id, RunLost(f"run {run.run_id} is {status}"))
+        self._residency.close(run.run_id)
+
+
+async def _unloaded(run_id: str) -> FutureResult:
+    return RunUnloaded(run_id)
 
 
 def _require_same(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
@@ -273,4 +373,4 @@ def _require_same(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
 
 
 def _unknown(run_id: str) -> NotFound:
-    return NotFound(f"model_id: {run_id!r} is unknown")
+    return refusing("run", run_id, NotFound(f"model_id: {run_id!r} is unknown"))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 
 from tuft.config import LimitsSection
 from tuft.engine.base import CancelSample, Engine, Sample
-from tuft.errors import InvalidInput, NotFound
-from tuft.records import Run, SamplerInfo, SamplingClient, Tenant, now
+from tuft.errors import InvalidInput, NotFound, refusing
+from tuft.records import FutureKey, JournaledFuture, Run, SamplerInfo, SamplingClient, Tenant, now
 from tuft.service.activity import Activity
+from tuft.service.calls import SampleCall
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.completions import Completions
+from tuft.service.futures import Futures
 from tuft.service.models import BaseModels
 from tuft.service.provenance import Provenance
 from tuft.service.residents import Residents
@@ -37,6 +41,7 @@ class Samplers:
         provenance: Provenance,
         completions: Completions,
         activity: Activity,
+        futures: Futures,
     ) -> None:
         self._catalog = catalog
         self._engine = engine
@@ -48,8 +53,8 @@ class Samplers:
         self._provenance = provenance
         self._completions = completions
         self._activity = activity
+        self._futures = futures
         self.residents = Residents(engine, scheduler, checkpoints, limits.max_resident_samplers)
-        self._future_of_seq: dict[tuple[str, int], str] = {}
 
     def create(
         self,
@@ -70,7 +75,7 @@ class Samplers:
             return known
         directory = None
         if model_path is not None:
-            checkpoint = self._checkpoints.loadable(tenant, model_path)
+            checkpoint = self._checkpoints.loadable((tenant,), model_path)
             model = self._models.require(checkpoint.base_model)
             if base_model is not None and self._models.require(base_model).name != model.name:
                 raise InvalidInput("base_model", base_model, f"{model_path} belongs to {model.name}")
@@ -89,17 +94,30 @@ class Samplers:
         if self._catalog.has_sampler(_sampler_id(session_id, sampling_session_seq_id)):
             raise InvalidInput("sampling_session_seq_id", sampling_session_seq_id, "is taken in this session")
 
-    def add_ephemeral(self, run: Run, sampling_session_seq_id: int, directory: str) -> SamplerInfo:
-        """A sampling session on weights that no path names."""
-        return self._add(run.tenant_id, run.session_id, sampling_session_seq_id, run.base_model, None, directory)
+    def saved_by(self, run: Run, sampling_session_seq_id: int, seq: int) -> SamplerInfo | None:
+        """The sampling session that operation ``seq`` of the run has made already: an earlier server died before it
+        could say so."""
+        owner = Tenant(run.tenant_id, "")
+        known = self._catalog.sampler(owner, _sampler_id(run.session_id, sampling_session_seq_id))
+        return known if known is not None and known.saved_seq == seq else None
 
-    async def add_inflight(self, run: Run, sampling_session_seq_id: int, directory: str) -> SamplerInfo:
-        """A sampling session on the run's mutable weights: those of ``directory`` from now on, in this and in all such
-        sessions of the run. A request that has begun keeps what it began with."""
+    async def add_saved(
+        self, run: Run, sampling_session_seq_id: int, directory: str, saved_seq: int, *, is_inflight: bool
+    ) -> SamplerInfo:
+        """A sampling session on weights that no path names. Inflight ones are the run's mutable weights: those of
+        ``directory`` from now on, in this and in all such sessions of the run. A request that has begun keeps what it
+        began with."""
         sampler = self._add(
-            run.tenant_id, run.session_id, sampling_session_seq_id, run.base_model, None, directory, run.run_id
+            run.tenant_id,
+            run.session_id,
+            sampling_session_seq_id,
+            run.base_model,
+            None,
+            directory,
+            inflight_run_id=run.run_id if is_inflight else None,
+            saved_seq=saved_seq,
         )
-        for replaced in self._catalog.move_inflight_samplers(run.run_id, directory):
+        for replaced in self._catalog.move_inflight_samplers(run.run_id, directory) if is_inflight else ():
             await self.residents.loaded(replaced)
             self.residents.discard(replaced)
         return sampler
@@ -109,17 +127,17 @@ class Samplers:
         Raises NotFound."""
         number = self._catalog.count_join(tenant, sampler_id)
         if number is None:
-            raise NotFound(f"sampling_session_id: {sampler_id!r} is unknown")
+            raise _unknown(sampler_id)
         return number
 
     def get(self, tenant: Tenant, sampler_id: str) -> SamplerInfo:
         """The tenant's sampler of that id; raises NotFound."""
         sampler = self._catalog.sampler(tenant, sampler_id)
         if sampler is None:
-            raise NotFound(f"sampling_session_id: {sampler_id!r} is unknown")
+            raise _unknown(sampler_id)
         return sampler
 
-    def sample(
+    async def sample(
         self,
         tenant: Tenant,
         sampling_session_id: str,
@@ -129,49 +147,70 @@ class Samplers:
     ) -> tuple[str, list[str]]:
         """Start sampling; returns the future of its SampleResult and an id for each sequence to come.
 
-        A retry of (sampling session, seq_id) gets the first call's. Raises InvalidInput or NotFound at once.
+        A retry of (sampling session, seq_id) gets the first call's. Raises InvalidInput, NotFound, or what
+        ``Futures.accept`` raises.
         """
         sampler = self.get(tenant, sampling_session_id)
         model = self._models.require(sampler.base_model)
         check_sampling(spec, model, self._limits)
-        sequence_ids = [f"{sampling_session_id}:{seq_id}:{index}" for index in range(spec.num_samples)]
-        key = (sampling_session_id, seq_id)
-        known = self._future_of_seq.get(key)
-        if known is not None and self._scheduler.knows(known):
-            return known, sequence_ids
-        sample_id = f"{sampling_session_id}:{seq_id}"
-        cache_scope = tenant.tenant_id if sampler.inflight_run_id is None else sampling_session_id
+        key = FutureKey("sample", sampling_session_id, seq_id)
+        call = SampleCall(spec, record_stability_info)
+        future_id = await self._scheduler.start(
+            tenant,
+            key,
+            call,
+            partial(self._sample, tenant, sampler, seq_id, call),
+            charge=self._activity.sample_charge(sampler, spec),
+            span=partial(self._activity.sample, sampler, seq_id, spec, tenant.key_number),
+            can_cancel=True,
+            on_start=partial(self._completions.expect, client=SamplingClient.of_seq(sampling_session_id, seq_id)),
+            on_end=self._completions.note_end,
+        )
+        return future_id, _sequence_ids(sampling_session_id, seq_id, spec)
 
-        async def run() -> FutureResult:
-            directory = await self._resident_directory(tenant, sampler)
-            span.start()
-            try:
-                result: SampleResult = await self._scheduler.ask(
-                    Sample(sampler.base_model, directory, spec, cache_scope, sample_id)
-                )
-            except asyncio.CancelledError:
-                self._engine.submit([CancelSample(sample_id)])
-                raise
-            if record_stability_info:
-                self._provenance.record(tenant, sampler.session_id, sequence_ids, spec.prompt_tokens, result)
-            return result
+    async def resume(self, kept: Sequence[JournaledFuture]) -> int:
+        """After a restart: do what an earlier server had accepted, and tell clients of what had ended. Returns how many
+        are done again."""
+        num_resumed = 0
+        for known in kept:
+            future_id, seq = known.future_id, known.key.seq
+            self._completions.expect(future_id, SamplingClient.of_seq(known.key.subject_id, seq))
+            if known.outcome is not None:
+                self._completions.note_end(future_id)
+                continue
+            tenant = Tenant(known.tenant_id, "", key_number=known.key_number)
+            call: SampleCall = await self._futures.request(future_id)
+            sampler = self._catalog.sampler(tenant, known.key.subject_id)
+            if sampler is None:
+                work, span = partial(_forgotten, known.key.subject_id), None
+            else:
+                work = partial(self._sample, tenant, sampler, seq, call)
+                span = partial(self._activity.sample, sampler, seq, call.spec, known.key_number)
+            self._scheduler.resume(future_id, work, span=span, can_cancel=True, on_end=self._completions.note_end)
+            num_resumed += 1
+        return num_resumed
 
-        future_id = self._scheduler.start(tenant.tenant_id, run, can_cancel=True, on_end=self._completions.note_end)
-        span = self._activity.sample(sampler, seq_id, spec)
-        self._scheduler.watch(future_id, span)
-        self._future_of_seq[key] = future_id
-        self._completions.expect(future_id, SamplingClient.of_seq(sampling_session_id, seq_id))
-        return future_id, sequence_ids
+    async def _sample(self, tenant: Tenant, sampler: SamplerInfo, seq: int, call: SampleCall) -> FutureResult:
+        sample_id = f"{sampler.sampler_id}:{seq}"
+        cache_scope = tenant.tenant_id if sampler.inflight_run_id is None else sampler.sampler_id
+        directory = await self._resident_directory(tenant, sampler)
+        try:
+            result: SampleResult = await self._scheduler.ask(
+                Sample(sampler.base_model, directory, call.spec, cache_scope, sample_id)
+            )
+        except asyncio.CancelledError:
+            self._engine.submit([CancelSample(sample_id)])
+            raise
+        if call.record_stability_info:
+            ids = _sequence_ids(sampler.sampler_id, seq, call.spec)
+            self._provenance.record(tenant, sampler.session_id, ids, call.spec.prompt_tokens, result)
+        return result
 
     def sweep(self) -> None:
-        """Forget the retries of futures that are no longer kept, and the ephemeral weights of sessions that are over:
-        nothing can name them any more."""
+        """Forget the ephemeral weights of sessions that are over: nothing can name them any more."""
         for session_id in filter(self._sessions.is_over, self._catalog.ephemeral_sessions()):
             for directory in self._catalog.delete_ephemeral_samplers(session_id):
                 self.residents.discard(directory)
-        self._future_of_seq = {
-            key: future_id for key, future_id in self._future_of_seq.items() if self._scheduler.knows(future_id)
-        }
 
     async def _resident_directory(self, tenant: Tenant, sampler: SamplerInfo) -> str | None:
         """Where the sampler's weights are, which the engine holds at this moment; None: those of the base model."""
@@ -191,6 +230,7 @@ class Samplers:
         model_path: str | None,
         directory: str | None,
         inflight_run_id: str | None = None,
+        saved_seq: int | None = None,
     ) -> SamplerInfo:
         self.require_free(session_id, sampling_session_seq_id)
         sampler = SamplerInfo(
@@ -203,10 +243,23 @@ class Samplers:
             directory=directory,
             created_at=now(),
             inflight_run_id=inflight_run_id,
+            saved_seq=saved_seq,
         )
         self._catalog.add_sampler(sampler)
         return sampler
 
 
+def _sequence_ids(sampler_id: str, seq: int, spec: SampleSpec) -> list[str]:
+    return [f"{sampler_id}:{seq}:{index}" for index in range(spec.num_samples)]
+
+
+async def _forgotten(sampler_id: str) -> FutureResult:
+    raise NotFound(f"sampling_session_id: {sampler_id!r} was forgotten with its session")
+
+
 def _sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
     return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+def _unknown(sampler_id: str) -> NotFound:
+    return refusing("sampler", sampler_id, NotFound(f"sampling_session_id: {sampler_id!r} is unknown"))

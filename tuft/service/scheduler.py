@@ -1,7 +1,6 @@
 """From an accepted operation to its settled future: ask the queue, and keep the engine's mailbox filled.
 
-Two passes are with the engine at a time: one that it computes and one that waits there, so that it never waits for us.
-No more than that is decided ahead, and the waiting one is topped up while it waits.
+``service.passes`` says what the engine gets and when. What it held when it died is done again by the next one.
 """
 
 from __future__ import annotations
@@ -9,20 +8,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from tuft.engine.base import Command, Engine, OptimStep, RunLoss
-from tuft.errors import RunLost, TuftError
-from tuft.records import Run
+from tuft.errors import EngineDied, QuotaExceeded, RunLost, TuftError, UserError
+from tuft.records import NOTHING, Charge, FutureKey, Run, Tenant
 from tuft.service.activity import Activity
-from tuft.service.futures import Futures, failure, outcome
-from tuft.service.queue import Barrier, Operation, OperationQueue, Part, Work
+from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
+from tuft.service.futures import Futures, Settlement, failure, outcome
+from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
+from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
+from tuft.service.refusals import Refusals
 from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
 
@@ -31,125 +33,214 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _SWEEP_INTERVAL_S = 1.0
-_MAX_PASSES = 2
+MAX_DEATHS = 5
+"""An operation that this many engines have died with is taken for the reason."""
+_IN_THREAD_TOKENS = 2048
 _CANCELLED = Failure("cancelled: its client asked for that", "user")
 
+Perform = Callable[[Operation, Any], Awaitable[FutureResult]]
+"""Does a call that is the service's own work."""
 
-@dataclass(slots=True)
-class _Pass:
-    """Parts of losses that are with the engine; over when all are answered."""
 
-    num_rows: int = 0
-    num_unanswered: int = 0
+class Residence(Protocol):
+    """Who knows which runs the engine holds: ``service.residency``."""
+
+    def is_resident(self, run_id: str) -> bool:
+        """True if the run's adapter is in the engine as it runs now."""
+        ...
+
+    def bring(self, run_id: str) -> None:
+        """Have it there soon."""
+        ...
+
+    def changed(self, run_id: str) -> None:
+        """An operation that changed the run's state has ended well."""
+        ...
 
 
 class Scheduler:
-    """Owns the queue. Lives on one event loop; nothing here blocks it."""
+    """Owns the queue. Lives on one event loop; nothing here blocks it. ``held_bytes``: requests whose data are kept in
+    memory while they wait; beyond that they wait on the disk."""
 
-    def __init__(self, engine: Engine, futures: Futures, activity: Activity, seq_gap_timeout_s: float) -> None:
+    def __init__(
+        self, engine: Engine, futures: Futures, activity: Activity, seq_gap_timeout_s: float, held_bytes: int
+    ) -> None:
         self._engine = engine
         self._futures = futures
         self._activity = activity
         self._seq_gap_timeout_s = seq_gap_timeout_s
+        self._max_held_bytes = held_bytes
+        self._held: dict[str, int] = {}  # future -> bytes of its request in memory
         self._queue = OperationQueue()
-        self._future_of_seq: dict[tuple[str, int], str] = {}
+        self._passes = EnginePasses(self._queue)
         self._spans: dict[str, Span] = {}  # of futures that are not settled yet
-        self._generation_of_run: dict[str, int] = {}
-        self._passes: list[_Pass] = []
         self._num_unanswered = 0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._loading: set[str] = set()
+        self._performers: dict[type, Perform] = {}
+        self._refusals = Refusals()
+        self._is_draining = False
+        self.residence: Residence
+        """Set when the floor is put together: who brings runs in asks this scheduler in turn."""
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
-    def open(self, run: Run, first_seq: int) -> None:
-        """Accept operations of ``run`` from ``first_seq`` on. The engine is ready."""
-        self._queue.pass_tokens = self._engine.pass_tokens
-        self._queue.open(run.run_id, run.tenant_id, first_seq)
+    def open(self, run: Run, next_seq: int, pending: Sequence[Operation] = ()) -> None:
+        """Accept operations of ``run`` from ``next_seq`` on; ``pending`` ones were accepted by an earlier server."""
+        self._queue.open(run.run_id, run.tenant_id, next_seq, [one for one in pending if one.seq < next_seq])
+        for operation in pending:
+            assert operation.work is not None or operation.is_loss
+            self._spans[operation.future_id] = self._activity.operation(run, operation)
+            if operation.seq >= next_seq:
+                self._queue.put(operation, time.monotonic())
 
     def close(self, run_id: str, reason: TuftError) -> None:
         """Accept no more; what the run still had waiting fails with ``reason``."""
         for operation in self._queue.close(run_id):
             self._settle(operation, failure(reason))
-        self._generation_of_run.pop(run_id, None)
 
-    def mark_live(self, run_id: str) -> None:
-        """The run's adapter is in the engine as it runs now."""
-        self._generation_of_run[run_id] = self._engine.generation
+    def perform(self, call: type[Call], by: Perform) -> None:
+        """``by`` does what ``call`` asks for when its turn has come."""
+        self._performers[call] = by
 
-    def is_live(self, run_id: str) -> bool:
-        return self._generation_of_run.get(run_id) == self._engine.generation
+    def is_running(self, run_id: str) -> bool:
+        return self._queue.is_running(run_id)
+
+    def is_idle(self, run_id: str) -> bool:
+        return self._queue.is_idle(run_id)
+
+    def started_seq(self, run_id: str) -> int | None:
+        """See ``OperationQueue.started_seq``."""
+        return self._queue.started_seq(run_id)
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def submit(self, run: Run, seq: int, name: str, work: Work) -> str:
-        """Queue ``work``, which the trace calls ``name``, as operation ``seq`` of ``run``; returns its future's id at
-        once.
+    async def submit(
+        self, tenant: Tenant, run: Run, seq: int, name: str, sent: Work, make: Callable[[], Work] | None = None
+    ) -> str:
+        """Queue an operation, which the trace calls ``name``, as number ``seq`` of ``run``; returns its future's id
+        once it is journaled. ``make`` checks what was ``sent`` and returns what is to be done; an error that it raises
+        fails the future, so that the seq is consumed.
 
         A retry of (run, seq) gets the first call's future. A run that is not open, or a seq that was given up, gives a
-        future that has failed already.
+        future that has failed already. Raises what ``Futures.accept`` raises.
         """
-        key = (run.run_id, seq)
-        known = self._future_of_seq.get(key)
-        if known is not None and self._futures.known(known):
-            return known
-        future_id = self._futures.create(run.tenant_id)
-        self._future_of_seq[key] = future_id
-        self._spans[future_id] = self._activity.operation(run, seq, name, work)
-        if not self._queue.has(run.run_id):
-            self._settle_future(future_id, failure(RunLost(f"run {run.run_id} is {run.status}: {_HOW_TO_GO_ON}")))
-        elif not self._queue.accepts(run.run_id, seq):
-            message = (
-                f"seq_id: {seq} of run {run.run_id} had its turn: it was given up, or its result is no longer kept"
+
+        def prepare() -> tuple[Work, int]:
+            try:
+                work = sent if make is None else make()
+            except UserError as error:  # others are ours, and may be over when the client tries again
+                refused = failure(error)
+                return Rejected(refused.message, refused.category, refused.refused), 0
+            return work, rows_of(work, self._engine.pass_tokens) if isinstance(work, RunLoss) else 0
+
+        is_large = isinstance(sent, RunLoss) and sent.num_tokens > _IN_THREAD_TOKENS
+        prepared = await _maybe_in_thread(is_large, partial(self._futures.prepare, sent, prepare))
+        prepared = replace(prepared, charge=self._activity.charge(run, prepared.request))
+        try:
+            future_id, is_new = await self._futures.accept(
+                tenant, FutureKey("operation", run.run_id, seq), name, prepared
             )
-            self._settle_future(future_id, Failure(message, "user"))
-        else:
-            self._queue.put(Operation(run.run_id, run.tenant_id, seq, future_id, work), time.monotonic())
-            self._dispatch()
+        except QuotaExceeded as error:
+            self._refusals.note(tenant, run, seq, error)
+            self._queue.renew_gap(run.run_id, time.monotonic())
+            raise
+        self._refusals.forget(run.run_id, seq)
+        if is_new:
+            operation = Operation(
+                run_id=run.run_id,
+                tenant_id=run.tenant_id,
+                seq=seq,
+                future_id=future_id,
+                work=prepared.request,
+                num_rows=prepared.num_rows,
+                num_tokens=prepared.charge.num_tokens,
+                name=name,
+                key_number=tenant.key_number,
+            )
+            self._spans[future_id] = self._activity.operation(run, operation)
+            self._enqueue(run, operation, len(prepared.content))
         return future_id
 
-    def start(
+    async def start(
         self,
-        tenant_id: str,
-        work: Barrier,
+        tenant: Tenant,
+        key: FutureKey,
+        sent: Call,
+        work: Callable[[], Awaitable[FutureResult]],
         *,
+        charge: Charge = NOTHING,
+        span: Callable[[], Span] | None = None,
         can_cancel: bool = False,
+        on_start: Callable[[str], None] = lambda _: None,
         on_end: Callable[[str], None] = lambda _: None,
     ) -> str:
-        """Start ``work`` now, beside the lanes; returns its future's id. ``on_end`` is told that id once the future is
-        settled."""
-        future_id = self._futures.create(tenant_id)
+        """Journal ``sent``, then start ``work``, which does what it asks for, beside the lanes; returns its future's
+        id. A retry of ``key`` gets the first call's. ``on_start`` and ``on_end`` are told that id, once the request is
+        journaled and once the future is settled."""
+        prepared = replace(self._futures.prepare(sent, lambda: (sent, 0)), charge=charge)
+        future_id, is_new = await self._futures.accept(tenant, key, type(sent).__name__, prepared)
+        if is_new:
+            on_start(future_id)
+            self.resume(future_id, work, span=span, can_cancel=can_cancel, on_end=on_end)
+        return future_id
 
-        async def run() -> FutureResult | Failure:
-            return await outcome(work())
+    def resume(
+        self,
+        future_id: str,
+        work: Callable[[], Awaitable[FutureResult]],
+        *,
+        span: Callable[[], Span] | None = None,
+        can_cancel: bool = False,
+        on_end: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Start ``work`` for a future that is journaled already."""
+        if span is not None:
+            self._spans[future_id] = span()
 
-        def end(task: asyncio.Task[FutureResult | Failure]) -> None:
+        def end(task: asyncio.Task[Settlement]) -> None:
             self._settle_future(future_id, _CANCELLED if task.cancelled() else task.result())
             on_end(future_id)
 
-        task = self._spawn(run())
+        task = self._spawn(self._outlasting(work))
         task.add_done_callback(end)
         if can_cancel:
             self._futures.let_cancel(future_id, task.cancel)
-        return future_id
 
-    def watch(self, future_id: str, span: Span) -> None:
-        """Settle the span with the future."""
-        self._spans[future_id] = span
+    async def _outlasting(self, work: Callable[[], Awaitable[FutureResult]]) -> Settlement:
+        """What ``work`` ends with, which is done again if the engine dies with it."""
+        for _ in range(MAX_DEATHS - 1):
+            with contextlib.suppress(EngineDied):
+                return await outcome(work())
+        try:
+            return await outcome(work())
+        except EngineDied as error:
+            return failure(error)
+
+    def span(self, future_id: str) -> Span:
+        return self._spans[future_id]
 
     async def ask(self, command: Command) -> Any:
         """The engine's reply to one command, after everything submitted before it. Raises what it ended with."""
         (reply,) = self._engine.submit([command])
         return await asyncio.wrap_future(reply)
 
-    def knows(self, future_id: str) -> bool:
-        """True while the future's result is pending or kept."""
-        return self._futures.known(future_id)
+    def dispatch(self) -> None:
+        """Something that operations waited for is there: start all that may start now."""
+        self._queue.pass_tokens = self._engine.pass_tokens
+        self._queue.counters.credit = self._engine.pass_tokens + 1  # before a pass that waits, see service.passes
+        while self._engine.pass_tokens:
+            parts, in_pass = self._passes.next(self._may_start, time.monotonic())
+            if not parts:
+                return
+            self._start(parts, in_pass)
 
     async def serve(self) -> None:
         """Housekeeping; runs until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             self._sweep()
+            await self._pass_over_refused()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing runs or waits; False if ``timeout_s`` was not enough."""
@@ -160,58 +251,104 @@ class Scheduler:
             await asyncio.sleep(0.02)
         return True
 
+    def _enqueue(self, run: Run, operation: Operation, num_bytes: int) -> None:
+        if not self._queue.has(run.run_id):
+            self._settle(operation, failure(RunLost(f"run {run.run_id} is {run.status}: {_HOW_TO_GO_ON}")))
+            return
+        if not self._queue.accepts(run.run_id, operation.seq):
+            message = f"seq_id: {operation.seq} of run {run.run_id} had its turn: it was given up, or is long done"
+            self._settle(operation, Failure(message, "user"))
+            return
+        if operation.is_loss:
+            if sum(self._held.values()) + num_bytes > self._max_held_bytes:
+                operation.work = None
+            else:
+                self._held[operation.future_id] = num_bytes
+        self._queue.put(operation, time.monotonic())
+        self.dispatch()
+
+    def _may_start(self, operation: Operation) -> bool:
+        if operation.work is None:
+            self._load(operation)
+            return False
+        if isinstance(operation.work, NEEDS_NO_ADAPTER) or self.residence.is_resident(operation.run_id):
+            return True
+        self.residence.bring(operation.run_id)
+        return False
+
+    def _load(self, operation: Operation) -> None:
+        """Have its data in memory soon."""
+        if operation.future_id in self._loading:
+            return
+        self._loading.add(operation.future_id)
+
+        async def load() -> None:
+            try:
+                operation.work = await self._futures.request(operation.future_id)
+            except TuftError as error:  # the disk lost it: its turn passes with an error
+                refused = failure(error)
+                operation.work = Rejected(refused.message, refused.category)
+            finally:
+                self._loading.discard(operation.future_id)
+            self.dispatch()
+
+        self._spawn(load())
+
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself holds tasks weakly
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _dispatch(self) -> None:
-        """Start all that may start now."""
-        self._passes = [waiting for waiting in self._passes if waiting.num_unanswered]
-        while True:
-            is_full = len(self._passes) == _MAX_PASSES
-            filling = self._passes[-1] if is_full else _Pass()
-            parts = self._queue.take(self._engine.pass_tokens - filling.num_rows)
-            self._start(parts, filling)
-            if filling.num_unanswered and not is_full:
-                self._passes.append(filling)
-            elif not parts:
-                return
-
-    def _start(self, parts: Sequence[Part], filling: _Pass) -> None:
+    def _start(self, parts: Sequence[Part], filling: Pass | None) -> None:
         batch = []
         for part in parts:
             self._spans[part.operation.future_id].start()
-            if not isinstance(part.work, RunLoss | OptimStep):
-                self._spawn(self._run_barrier(part, part.work))
-            elif not self.is_live(part.operation.run_id):
-                self._end(part, failure(lost(part.operation.run_id)))
-            else:
+            if isinstance(part.work, RunLoss | OptimStep):
                 batch.append((part, part.work))
+            else:
+                self._spawn(self._run_barrier(part, part.work))
         if not batch:
             return
         loop = asyncio.get_running_loop()
         replies = self._engine.submit([command for _, command in batch])
         for (part, _), reply in zip(batch, replies, strict=True):
             in_pass = filling if isinstance(part.work, RunLoss) else None
-            if in_pass is not None:
-                in_pass.num_rows += part.num_rows
-                in_pass.num_unanswered += 1
             self._num_unanswered += 1
             reply.add_done_callback(partial(_on_loop, loop, self._answered, part, in_pass))
 
-    def _answered(self, part: Part, in_pass: _Pass | None, reply: Future[Any]) -> None:
+    def _answered(self, part: Part, in_pass: Pass | None, reply: Future[Any]) -> None:
         self._num_unanswered -= 1
         if in_pass is not None:
-            in_pass.num_unanswered -= 1
+            self._passes.answered(in_pass, time.monotonic())
         error = reply.exception()
-        self._end(part, failure(error) if isinstance(error, TuftError) else reply.result())
-        self._dispatch()
+        if isinstance(error, EngineDied):
+            self._interrupted(part, error)
+        else:
+            self._end(part, failure(error) if isinstance(error, TuftError) else reply.result())
+        self.dispatch()
 
-    async def _run_barrier(self, part: Part, barrier: Barrier) -> None:
-        self._end(part, await outcome(barrier()))
-        self._dispatch()
+    async def _run_barrier(self, part: Part, call: Call) -> None:
+        try:
+            result = await outcome(self._performers[type(call)](part.operation, call))
+        except EngineDied as error:
+            self._interrupted(part, error)
+        else:
+            self._end(part, result)
+        self.dispatch()
+
+    def _interrupted(self, part: Part, error: EngineDied) -> None:
+        """The engine died with a part: another one does it all again, unless this operation seems to be the reason."""
+        operation = part.operation
+        operation.num_deaths += 1
+        operation.error = None
+        if self._queue.has(operation.run_id) and operation.num_deaths < MAX_DEATHS * _num_parts(operation):
+            self._queue.interrupted(part)
+        else:
+            operation.error = failure(error)
+            self._queue.finished(part)
+            if self._futures.is_pending(operation.future_id):
+                self._settle(operation, operation.error)
 
     def _end(self, part: Part, result: FutureResult | Failure | None) -> None:
         """A part's result; its operation is settled by that of the last."""
@@ -224,16 +361,26 @@ class Scheduler:
             assert settled is not None
             self._settle(operation, settled)
 
-    def _settle(self, operation: Operation, result: FutureResult | Failure) -> None:
+    def _settle(self, operation: Operation, result: Settlement) -> None:
+        self._held.pop(operation.future_id, None)
         if isinstance(result, Failure):
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
+        elif isinstance(operation.work, OptimStep) or (isinstance(operation.work, RunLoss) and operation.work.backward):
+            self.residence.changed(operation.run_id)
         self._settle_future(operation.future_id, result)
 
-    def _settle_future(self, future_id: str, result: FutureResult | Failure) -> None:
-        self._futures.settle(future_id, result)
+    def _settle_future(self, future_id: str, result: Settlement) -> None:
         span = self._spans.pop(future_id, None)
-        if span is not None:
-            self._activity.settled(span, result)
+        usage = {} if span is None else self._activity.settled(span, result)
+        self._futures.settle(future_id, result, usage)
+
+    async def _pass_over_refused(self) -> None:
+        """What a quota refused, and its client gave up, has its turn as an error: the run goes on behind it."""
+        for one in self._refusals.given_up():
+            if self._queue.waits_for(one.run.run_id, one.seq):
+                self._refusals.forget(one.run.run_id, one.seq)
+                with contextlib.suppress(TuftError):  # refused again: later, then
+                    await self.submit(one.tenant, one.run, one.seq, "rejected", Rejected(str(one.error), "user"))
 
     def _sweep(self) -> None:
         for operation in self._queue.give_up_gaps(time.monotonic(), self._seq_gap_timeout_s):
@@ -242,10 +389,15 @@ class Scheduler:
                 f"{operation.run_id} that never came"
             )
             self._settle(operation, Failure(message, "server"))
-        self._futures.sweep()
-        self._future_of_seq = {
-            key: future_id for key, future_id in self._future_of_seq.items() if self._futures.known(future_id)
-        }
+
+
+def _num_parts(operation: Operation) -> int:
+    """More than one part of it may be with an engine that dies."""
+    return MAX_PASSES if operation.is_loss else 1
+
+
+async def _maybe_in_thread(is_large: bool, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if is_large else work()
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> None:
@@ -258,8 +410,3 @@ _HOW_TO_GO_ON = (
     "continue from its last checkpoint with create_training_client_from_state_with_optimizer(path), "
     "or create a new training client"
 )
-
-
-def lost(run_id: str) -> RunLost:
-    """The engine restarted (or the server did) while the run was live."""
-    return RunLost(f"run {run_id} was lost when the engine restarted: load_state(path) revives it; or {_HOW_TO_GO_ON}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
-from tuft.config import Config
+from tuft.config import ALL_SCOPES, Config
 from tuft.engine.base import Engine
 from tuft.errors import StorageError
 from tuft.service.activity import Activity
 from tuft.service.audit import Audit
+from tuft.service.calls import ENCODING
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.completions import Completions
 from tuft.service.copies import Copies
@@ -21,31 +23,44 @@ from tuft.service.downloads import Downloads
 from tuft.service.futures import Futures
 from tuft.service.models import BaseModels
 from tuft.service.operations import Operations
+from tuft.service.ownership import Ownership
+from tuft.service.pace import Pace
+from tuft.service.prices import Prices
 from tuft.service.projects import Projects
 from tuft.service.provenance import Provenance
+from tuft.service.quotas import Quotas
+from tuft.service.recovery import Recovered, Recovery
+from tuft.service.residency import Residency
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
 from tuft.service.signing import Signer
+from tuft.service.snapshots import Snapshots
 from tuft.service.tenants import DEFAULT_TENANT, Tenants
 from tuft.service.traces import Traces
 from tuft.service.usage import Usage
 from tuft.store.audit import AuditLog
-from tuft.store.awaited import AwaitedSamples
 from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
 from tuft.store.custom_losses import CustomLossTable
 from tuft.store.db import Database
+from tuft.store.journal import Journal
+from tuft.store.ownership import Owners
+from tuft.store.paces import PaceTable
+from tuft.store.quotas import QuotaTable
 from tuft.store.secret import load_secret
 from tuft.store.sequences import Sequences
 from tuft.store.sessions import SessionCatalog
+from tuft.store.spool import Spool
+from tuft.store.tenants import TenantCatalog
 from tuft.store.usage import UsageTable
 from tuft.types import BaseModelInfo
 
 log = structlog.get_logger(__name__)
 
 _SWEEP_INTERVAL_S = 5.0
+_SHARE_OF_MEMORY = 0.4
 
 
 class Services:
@@ -58,34 +73,61 @@ class Services:
         self._catalog = catalog
         self._engine = engine
         secret = load_secret(config.home)
-        self.projects = Projects(config.projects)
         self.audit = Audit(AuditLog(database), limits.audit_retention_days)
-        self.tenants = Tenants(catalog, self.audit, secret)
-        self.usage = Usage(UsageTable(database), self.projects, limits.usage_retention_days)
+        self.ownership = Ownership(Owners(database), self.audit)
+        self.projects = Projects(config.projects, self.ownership.told_of_project)
+        self.tenants = Tenants(TenantCatalog(database), self.audit, secret)
+        ledger = UsageTable(database)
+        pace = Pace(PaceTable(database))
+        self.prices = Prices(config.prices)
+        self.quotas = Quotas(QuotaTable(database), ledger, self.prices, config)
+        self.usage = Usage(ledger, self.projects, self.prices, self.quotas, pace, limits.usage_retention_days)
+        self.models = BaseModels(engine)
         signer = Signer(secret)
         self.traces = Traces(signer)
         self.sessions = Sessions(
             SessionCatalog(database), self.projects, self.audit, self.traces, limits.session_timeout_s
         )
+        journal = Journal(database, Spool(config.home / "journal"))
         self.futures = Futures(
+            journal,
+            ENCODING,
+            self.quotas,
             read_retention_s=limits.result_retention_s,
             unread_retention_s=limits.unread_retention_s,
-            max_pending_per_tenant=limits.max_pending_per_tenant,
+            cache_bytes=config.journal.cached_result_bytes,
         )
-        self.completions = Completions(self.futures, AwaitedSamples(database), limits.unread_retention_s)
-        activity = Activity(self.traces, self.usage)
-        self._scheduler = Scheduler(engine, self.futures, activity, limits.seq_gap_timeout_s)
-        self.models = BaseModels(engine)
+        self.completions = Completions(self.futures)
+        activity = Activity(self.traces, self.usage, pace, self.models, self.ownership)
+        scheduler = Scheduler(
+            engine, self.futures, activity, limits.seq_gap_timeout_s, config.journal.held_request_bytes
+        )
+        self._scheduler = scheduler
+        snapshots = Snapshots(
+            config.home / "snapshots", journal, self.futures, scheduler, config.journal.snapshot_interval_s
+        )
+        self._snapshots = snapshots
+        self.residency = Residency(
+            engine, journal, self.futures, scheduler, snapshots, self.models, run_memory_bytes(config)
+        )
+        scheduler.residence = self.residency
         self.checkpoints = Checkpoints(
-            CheckpointCatalog(database), checkpoints_root(config.home), self.tenants, self.projects, self.audit
+            CheckpointCatalog(database),
+            checkpoints_root(config.home),
+            config.storage,
+            self.tenants,
+            self.projects,
+            self.audit,
         )
         self.copies = Copies(catalog, self.sessions, self.checkpoints)
         self.downloads = Downloads(self.checkpoints, signer)
         parts = (catalog, engine, self._scheduler, self.models, self.sessions, self.checkpoints, limits)
-        self.runs = Runs(*parts, self.projects)
+        self.runs = Runs(*parts, self.projects, journal, self.residency, snapshots, self.quotas)
         self.provenance = Provenance(Sequences(database))
-        self.samplers = Samplers(*parts, self.provenance, self.completions, activity)
-        self.custom_losses = CustomLosses(CustomLossTable(database), self._scheduler, self.sessions)
+        self.samplers = Samplers(*parts, self.provenance, self.completions, activity, self.futures)
+        self.custom_losses = CustomLosses(
+            CustomLossTable(database), self._scheduler, self.sessions, self.futures, limits.max_custom_losses
+        )
         self.operations = Operations(
             self._scheduler,
             self.models,
@@ -95,6 +137,8 @@ class Services:
             self.provenance,
             self.custom_losses,
         )
+        self._recovery = Recovery(journal, self.futures, self.runs, self.samplers, self.custom_losses)
+        self._journal = journal
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -104,18 +148,24 @@ class Services:
     async def start(self) -> None:
         """Begin to work: accept the configured keys, note what an earlier server lost, start the loops."""
         for section in self.config.keys:
-            self.tenants.accept(section.tenant, section.key.get_secret_value())
+            self.tenants.accept(section.tenant, section.key.get_secret_value(), section.scopes)
         if self.config.api_key is not None:
-            self.tenants.accept(DEFAULT_TENANT, self.config.api_key.get_secret_value())
-        num_lost = self._catalog.lose_live_runs()
-        num_samples = self.completions.start()
+            self.tenants.accept(DEFAULT_TENANT, self.config.api_key.get_secret_value(), ALL_SCOPES)
         num_swept = await self.checkpoints.sweep()
-        if num_lost or num_samples or num_swept:
-            log.info(
-                "after an earlier server", runs_lost=num_lost, samples_lost=num_samples, half_written_deleted=num_swept
+        await asyncio.to_thread(self._journal.sweep_files)
+        await asyncio.to_thread(self._snapshots.start)
+        recovered = await self._recovery.recover()
+        if recovered != Recovered(0, 0, 0) or num_swept:
+            log.warning(
+                "taken up from an earlier server",
+                runs=recovered.num_runs,
+                operations=recovered.num_operations,
+                samples=recovered.num_samples,
+                half_written_deleted=num_swept,
             )
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._scheduler.serve()), loop.create_task(self._sweep())]
+        loops = (self._scheduler.serve(), self.residency.serve(), self._sweep(), self.checkpoints.verification.serve(), self.ownership.serve())
+        self._tasks = [loop.create_task(work) for work in loops]
 
     async def stop(self) -> None:
         """Let queued work end (at most ``server.drain_timeout_s``), answer every held poll, stop the loops."""
@@ -126,9 +176,14 @@ class Services:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.residency.stop(self.config.server.drain_timeout_s)
         self.runs.sweep()
         self.completions.sweep()
         self.usage.flush()
+        self.tenants.flush()
+        await self.ownership.look_into_all()
+        await self.futures.sweep()
+        await asyncio.to_thread(self.futures.close)
 
     async def _sweep(self) -> None:
         while True:
@@ -142,19 +197,31 @@ class Services:
                 self.checkpoints.expire,
                 self.sessions.sweep,
                 self.usage.sweep,
+                self.tenants.sweep,
                 self.audit.sweep,
             ):
                 try:
                     sweep()
                 except StorageError as error:  # the next round may do better
                     log.error("housekeeping failed", error=str(error))
+            try:
+                self.completions.forget(await self.futures.sweep())
+            except StorageError as error:
+                log.error("housekeeping failed", error=str(error))
 
 
 def open_tenants(config: Config, database: Database) -> Tenants:
     """The tenants alone, for a command beside a running server."""
     audit = Audit(AuditLog(database), config.limits.audit_retention_days)
-    return Tenants(Catalog(database), audit, load_secret(config.home))
+    return Tenants(TenantCatalog(database), audit, load_secret(config.home))
 
 
 def checkpoints_root(home: Path) -> Path:
     return home / "checkpoints"
+
+
+def run_memory_bytes(config: Config) -> int:
+    """What the adapters and optimizers of training runs may take of memory."""
+    if config.engine.run_memory_gib is not None:
+        return int(config.engine.run_memory_gib * 2**30)
+    return int(_SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

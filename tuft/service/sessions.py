@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from uuid import uuid4
 
 from tuft.config import DEFAULT_PROJECT
-from tuft.errors import Gone, NotFound
+from tuft.errors import Gone, NotFound, refusing
 from tuft.records import Session, SessionSearch, SessionSummary, Tenant, now
 from tuft.service.audit import Audit
 from tuft.service.projects import Projects
@@ -77,7 +77,7 @@ class Sessions:
         shared = self._projects.shared_with(tenant) if accessible else {}
         session = self._catalog.session(tenant, session_id, shared)
         if session is None:
-            raise NotFound(f"session_id: {session_id!r} is unknown")
+            raise refusing("session", session_id, NotFound(f"session_id: {session_id!r} is unknown"))
         return session
 
     def signed_for(self, session_id: str) -> Session:
@@ -91,7 +91,7 @@ class Sessions:
         """Raises Gone, which ends the client's heartbeats, if the session has finished or is unknown."""
         session = self._catalog.session(tenant, session_id)
         if session is None or session.finished:
-            raise Gone(f"session_id: {session_id!r} has finished or is unknown")
+            raise refusing("session", session_id, Gone(f"session_id: {session_id!r} has finished or is unknown"))
         self._heard_at_s[session_id] = time.monotonic()
 
     def is_over(self, session_id: str) -> bool:
@@ -126,7 +126,7 @@ class Sessions:
         """One page of what the tenant may see, newest first, and where the next begins. Raises Forbidden if it names a
         project of others."""
         for project_id in search.project_ids or ():
-            self._projects.check_member(tenant, project_id)
+            self._projects.check(tenant, project_id)
         shared, since = self._projects.shared_with(tenant), now() - _RUNNING
         return await asyncio.to_thread(self._catalog.search, tenant, shared, search, since)  # it may read every session
 

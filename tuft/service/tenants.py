@@ -5,119 +5,363 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 from secrets import token_hex, token_urlsafe
 
 import jwt
 
-from tuft.config import API_KEY_PREFIX
-from tuft.errors import Forbidden, InvalidInput, InvalidToken, Unauthorized
-from tuft.records import ApiKey, Tenant, now, valid_name
+from tuft.config import ALL_SCOPES, API_KEY_PREFIX, USER_SCOPES, Scope
+from tuft.errors import Forbidden, InvalidInput, InvalidToken, NotFound, Unauthorized
+from tuft.records import ApiKey, Operator, Tenant, TenantSummary, now, valid_name
 from tuft.service.audit import Audit
-from tuft.store.catalog import Catalog
+from tuft.store.tenants import TenantCatalog
 
 DEFAULT_TENANT = "default"
 ORGANIZATION = "tuft"
 """All tenants of a server are of one organization, as the API sees it."""
+SERVER = Operator("server")
+"""Who did what nobody asked for by name: the first key of a home, the tenants of configured keys."""
+DEFAULT_GRACE_S = 24 * 3600.0
+"""How long a key that was rotated is good beside the new one."""
 _TOKEN_LIFETIME_S = 24 * 3600
+_MAX_LIFETIME_S = 100 * 365 * 24 * 3600.0
+_MAX_NAME = 64
 _JWT_PREFIX = "eyJ"  # the base64 of '{"'
 _JWT_ALGORITHM = "HS256"
 _ISSUER = "passport-tuft"  # the SDK takes tokens of a "passport-" for ones that tell who holds them
+_READ_EVERY_S = 0.5
+_WRITE_EVERY_S = 60.0
+_NOTE_EVERY_S = 3600.0
+
+By = ApiKey | Operator
+"""Who changes tenants and keys: whoever has an admin's key, or the machine's own operator."""
 
 
 class Tenants:
-    """Keys made here are random (256 bits), so that one unsalted hash is enough and a key is found by its hash alone.
-    Keys of the configuration may be weak: the hash of one, which tokens carry, says nothing without ``secret``."""
+    """Keys made here are random (256 bits): one unsalted hash is enough, a key is found by its hash alone, and how long
+    that takes says nothing of the key. Keys of the configuration may be weak: each is compared in constant time, by a
+    hash that says nothing without ``secret``, since tokens carry it.
 
-    def __init__(self, catalog: Catalog, audit: Audit, secret: bytes) -> None:
+    What is known of a key is read from the database again after half a second, so that a key which another process
+    revokes (`tuft key revoke` beside the server) is refused within that time. Nothing is written while somebody waits.
+    """
+
+    def __init__(self, catalog: TenantCatalog, audit: Audit, secret: bytes) -> None:
         self._catalog = catalog
         self._audit = audit
         self._secret = hmac.digest(secret, b"keys and tokens", hashlib.sha256)
         self._configured: dict[str, ApiKey] = {}  # by the key's id
-        self._known: dict[str, ApiKey] = {}  # the others that have called
+        self._known: dict[str, tuple[ApiKey, float]] = {}  # by the key's id: as it was read, and when
+        self._used: dict[str, datetime] = {}  # since the last flush
+        self._next_flush_s = 0.0
+        self._refused: dict[tuple[str, str], ApiKey] = {}  # since the last sweep, by the key's id and the reason
+        self._noted_s: dict[tuple[str, str], float] = {}
+        self.num_refused: Counter[str] = Counter()
+        """Since the start, by reason. What was sent is kept nowhere."""
+
+    # --- who calls ----------------------------------------------------------------------------------------------------
 
     def authenticate(self, credential: str | None) -> Tenant:
-        """The tenant who holds the API key, or the token made from one; raises Unauthorized, which says what to look
-        at."""
-        return self.key(credential).tenant
+        """The tenant who holds the API key, or the token made from one; raises what ``key`` raises."""
+        return self.key(credential).caller
 
     def key(self, credential: str | None) -> ApiKey:
-        """The API key itself, or the one that the token was made from. Raises Unauthorized."""
+        """The API key itself, or the one that the token was made from.
+
+        Raises Unauthorized, which says what to look at, and Forbidden if the tenant is suspended.
+        """
         if not credential:
+            self.num_refused["no key"] += 1
             raise Unauthorized("no API key: send it as X-API-Key; `tuft key create --tenant NAME` makes one")
-        if credential.startswith(_JWT_PREFIX):
-            return self._of_token(credential)
-        key = self._configured.get(self._configured_id(credential)) or self._of_id(_hash(credential))
+        is_token = credential.startswith(_JWT_PREFIX)
+        key = self._read(self._id_in_token(credential) if is_token else self._id_of(credential))
         if key is None:
-            raise Unauthorized(
-                f"invalid api key (the one received ends in …{credential[-4:]}): this server does not know it. "
-                "SDKs up to 0.16.1 prefer TINKER_API_KEY over api_key=, newer ones the argument; "
-                "`tuft key create --tenant NAME` on the server's machine makes a key"
+            self.num_refused["unknown"] += 1
+            if is_token:
+                raise InvalidToken("this server no longer knows the API key that this JWT was made from")
+            raise _unknown(credential)
+        moment = now()
+        state = key.state(moment)
+        if state == "valid":
+            self._used[key.key_id] = moment
+            return key
+        self._refuse(key, state)
+        if state == "suspended":
+            raise Forbidden(f"the tenant {key.tenant.name!r} is suspended; who runs this server can resume it")
+        ended = "was revoked" if state == "revoked" else f"expired at {key.expires_at:%Y-%m-%d %H:%M} UTC"
+        if is_token:
+            raise InvalidToken(f"the API key that this JWT was made from {ended}")
+        raise Unauthorized(f"invalid api key (…{key.hint}): it {ended}; `tuft key create` makes another")
+
+    def require(self, key: ApiKey, scope: Scope, purpose: str) -> None:
+        """Raises Forbidden, which names the scope needed for the purpose and those of the key, if it lacks it."""
+        if scope not in key.scopes:
+            self._refuse(key, f"scope {scope}")
+            raise Forbidden(
+                f"{purpose} needs an API key of scope {scope!r}; this one (…{key.hint}) has {', '.join(key.scopes)}"
             )
-        return key
 
     def token(self, key: ApiKey) -> str:
         """A JWT that stands for the key: it tells whose it is, and ends with the key."""
         issued_at = int(time.time())
+        ends_at = issued_at + _TOKEN_LIFETIME_S
+        if key.expires_at is not None:
+            ends_at = min(ends_at, int(key.expires_at.timestamp()))
         who = {"sub": key.tenant.urn, "org_id": ORGANIZATION, "email": ""}
-        claims = {"iss": _ISSUER, **who, "iat": issued_at, "exp": issued_at + _TOKEN_LIFETIME_S, "key": key.key_id}
+        claims = {"iss": _ISSUER, **who, "iat": issued_at, "exp": ends_at, "key": key.key_id}
         return jwt.encode(claims, self._secret, _JWT_ALGORITHM)
 
-    def create_key(self, tenant_name: str) -> str:
-        """A new key for the tenant of that name, who is made if unknown. It is returned here and never again."""
-        key = API_KEY_PREFIX + token_urlsafe(32)
-        made = ApiKey(_hash(key), self._tenant(tenant_name), key[-4:], now())
-        self._catalog.add_key(made)
-        self._note(made, "create")
-        return key
-
-    def revoke(self, key: ApiKey) -> None:
-        """From now on nobody is let in with the key. Raises Forbidden for one that the configuration gives."""
-        if key.key_id in self._configured:
-            raise Forbidden("this API key is given by the server's configuration; it ends when it is taken out there")
-        self._catalog.delete_key(key.key_id)
-        self._known.pop(key.key_id, None)
-        self._note(key, "revoke")
-
-    def accept(self, tenant_name: str, key: str) -> None:
+    def accept(self, tenant_name: str, key: str, scopes: Sequence[Scope] = USER_SCOPES) -> None:
         """Accept ``key``, which the configuration or the environment gives, as long as this server runs."""
         if not key.startswith(API_KEY_PREFIX):
             raise InvalidInput("key", f"…{key[-4:]}", f"must start with {API_KEY_PREFIX!r}: the SDK refuses other keys")
-        key_id = self._configured_id(key)
-        self._configured[key_id] = ApiKey(key_id, self._tenant(tenant_name), key[-4:], None)
+        key_id = self._keyed_hash(key)
+        tenant = self._ensure(tenant_name, SERVER)
+        self._configured[key_id] = ApiKey(key_id, tenant, key[-4:], None, scopes=_scopes(scopes))
+
+    def stored(self, key: str) -> ApiKey:
+        """What the database has of the key, whether it still opens the door or not. Raises NotFound."""
+        found = self._catalog.key(_hash(key))
+        if found is None:
+            raise NotFound(f"key: …{key[-4:]} is none that was made here")
+        return found
 
     def knows(self, key: str) -> bool:
-        return self._catalog.key(_hash(key)) is not None
+        """Whether the database has the key, and it opens the door."""
+        found = self._catalog.key(_hash(key))
+        return found is not None and found.state(now()) == "valid"
 
     def has_keys(self) -> bool:
-        return self._catalog.has_keys()
+        return self._catalog.has_valid_keys()
 
-    def _of_token(self, token: str) -> ApiKey:
+    # --- keys ---------------------------------------------------------------------------------------------------------
+
+    def create_key(
+        self,
+        tenant_name: str,
+        name: str = "",
+        scopes: Sequence[Scope] = USER_SCOPES,
+        lifetime_s: float | None = None,
+        by: By = SERVER,
+    ) -> str:
+        """A new key for the tenant of that name, who is made if unknown; without ``lifetime_s`` it does not expire. It
+        is returned here and never again. Raises InvalidInput."""
+        _check(name, scopes, lifetime_s)
+        return self._mint(self._ensure(tenant_name, by), name, scopes, lifetime_s, by, "create")
+
+    def find_key(self, number: int) -> ApiKey:
+        """The key that the API calls by that number. Raises NotFound."""
+        configured = next((key for key in self._configured.values() if key.number == number), None)
+        key = configured or self._catalog.numbered(number)
+        if key is None:
+            raise NotFound(f"key: {number} is unknown; `tuft key list` shows all")
+        return key
+
+    def keys(self, tenant_name: str | None, limit: int, offset: int) -> tuple[list[ApiKey], int]:
+        """One page of the tenant's keys or of all, those that ended too, and the number of all; without those that the
+        configuration gives. Raises NotFound."""
+        tenant = None if tenant_name is None else self.named(tenant_name)
+        return self._catalog.keys(tenant, limit, offset)
+
+    @property
+    def configured_keys(self) -> Sequence[ApiKey]:
+        return tuple(self._configured.values())
+
+    def revoke(self, key: ApiKey, by: By) -> None:
+        """From now on nobody is let in with the key. Raises Forbidden for one that the configuration gives."""
+        self._must_be_stored(key)
+        if self._catalog.revoke_key(key.key_id, now()):
+            self._note(by, "key_revoke", key.tenant, **_told(key))
+        self._known.clear()
+
+    def rotate(self, key: ApiKey, grace_s: float, by: By) -> str:
+        """A new key in the place of ``key``, which is good for ``grace_s`` seconds more: same tenant, name and scopes,
+        and as long a life. Raises Forbidden for one that the configuration gives, InvalidInput for one that ended."""
+        self._must_be_stored(key)
+        if not 0 <= grace_s <= _MAX_LIFETIME_S:
+            raise InvalidInput("grace_s", grace_s, f"must be 0 to {_MAX_LIFETIME_S:.0f} seconds")
+        moment = now()
+        if (state := key.state(moment)) in ("revoked", "expired"):
+            raise InvalidInput("key", key.number, f"is {state}: create another")
+        assert key.created_at is not None
+        lifetime = None if key.expires_at is None else (key.expires_at - key.created_at).total_seconds()
+        secret = self._mint(key.tenant, key.name, key.scopes, lifetime, by, "rotate", replaces=key.number)
+        self._catalog.end_key(key.key_id, moment + timedelta(seconds=grace_s))
+        self._known.clear()
+        return secret
+
+    # --- tenants ------------------------------------------------------------------------------------------------------
+
+    def named(self, name: str) -> Tenant:
+        """Raises NotFound."""
+        tenant = self._catalog.named(name)
+        if tenant is None:
+            raise NotFound(f"tenant: {name!r} is unknown; `tuft tenant list` shows all")
+        return tenant
+
+    def tenants(self, limit: int, offset: int) -> tuple[list[TenantSummary], int]:
+        """One page by name, and the number of all."""
+        return self._catalog.tenants(limit, offset)
+
+    def create_tenant(self, name: str, by: By) -> Tenant:
+        """Raises InvalidInput if the name is taken or can be none."""
+        if self._catalog.named(_name(name, "tenant")) is not None:
+            raise InvalidInput("tenant", name, "exists already")
+        return self._ensure(name, by)
+
+    def suspend(self, name: str, by: By) -> None:
+        """Nobody is let in with the tenant's keys; its work that was accepted ends, and what it stored stays. Raises
+        NotFound, and Forbidden for the tenant whose key asks: nobody could undo it."""
+        tenant = self.named(name)
+        if isinstance(by, ApiKey) and by.tenant == tenant:
+            raise Forbidden(f"tenant: {name!r} is your own; `tuft tenant suspend` on the server's machine can do it")
+        if self._catalog.set_suspended(tenant, now()):
+            self._note(by, "tenant_suspend", tenant)
+        self._known.clear()
+
+    def resume(self, name: str, by: By) -> None:
+        """Raises NotFound."""
+        tenant = self.named(name)
+        if self._catalog.set_suspended(tenant, None):
+            self._note(by, "tenant_resume", tenant)
+        self._known.clear()
+
+    # --- housekeeping -------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Note which keys were refused and why, once an hour each, and now and then when keys were used."""
+        moment_s = time.monotonic()
+        refused, self._refused = self._refused, {}
+        for (key_id, reason), key in refused.items():
+            if moment_s >= self._noted_s.get((key_id, reason), 0.0):
+                self._noted_s[key_id, reason] = moment_s + _NOTE_EVERY_S
+                self._audit.note(key.tenant, "key_refuse", key.tenant.tenant_id, **_told(key), reason=reason)
+        if moment_s >= self._next_flush_s:
+            self._next_flush_s = moment_s + _WRITE_EVERY_S
+            self.flush()
+
+    def flush(self) -> None:
+        """Write when each key was used last."""
+        used, self._used = self._used, {}
+        stored = {key_id: moment for key_id, moment in used.items() if key_id not in self._configured}
+        if stored:
+            self._catalog.note_use(stored)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _refuse(self, key: ApiKey, reason: str) -> None:
+        self.num_refused[reason] += 1
+        self._refused[key.key_id, reason] = key
+
+    def _id_of(self, key: str) -> str:
+        """Of a configured key its keyed hash, of any other its plain one."""
+        keyed = self._keyed_hash(key)
+        same = [key_id for key_id in self._configured if hmac.compare_digest(key_id, keyed)]
+        return same[0] if same else _hash(key)
+
+    def _id_in_token(self, token: str) -> str:
         try:
             claims = jwt.decode(token, self._secret, [_JWT_ALGORITHM], {"require": ["exp", "key"]})
         except jwt.ExpiredSignatureError as error:
+            self.num_refused["token"] += 1
             raise InvalidToken("this JWT has expired; POST /api/v1/auth/token makes another") from error
         except jwt.InvalidTokenError as error:
+            self.num_refused["token"] += 1
             raise InvalidToken("this JWT was not made by this server") from error
-        key = self._of_id(claims["key"])
+        return str(claims["key"])
+
+    def _read(self, key_id: str) -> ApiKey | None:
+        """What the database says of the key, or said less than half a second ago."""
+        known = self._known.get(key_id)
+        moment_s = time.monotonic()
+        if known is not None and moment_s < known[1] + _READ_EVERY_S:
+            return known[0]
+        configured = self._configured.get(key_id)
+        if configured is None:
+            key = self._catalog.key(key_id)
+        else:
+            key = replace(configured, suspended=self._catalog.is_suspended(configured.tenant))
         if key is None:
-            raise InvalidToken("the API key that this JWT was made from has been revoked")
+            self._known.pop(key_id, None)
+        else:
+            self._known[key_id] = key, moment_s
         return key
 
-    def _of_id(self, key_id: str) -> ApiKey | None:
-        key = self._configured.get(key_id) or self._known.get(key_id) or self._catalog.key(key_id)
-        if key is not None and key.created_at is not None:
-            self._known[key_id] = key
-        return key
-
-    def _configured_id(self, key: str) -> str:
+    def _keyed_hash(self, key: str) -> str:
         return hmac.digest(self._secret, _bytes(key), hashlib.sha256).hex()
 
-    def _note(self, key: ApiKey, action: str) -> None:
-        self._audit.note(key.tenant, f"key_{action}", key_number=key.number, hint=f"…{key.hint}")
+    def _mint(
+        self,
+        tenant: Tenant,
+        name: str,
+        scopes: Sequence[Scope],
+        lifetime_s: float | None,
+        by: By,
+        action: str,
+        **details: str | int | None,
+    ) -> str:
+        secret = API_KEY_PREFIX + token_urlsafe(32)
+        moment = now()
+        expires_at = None if lifetime_s is None else moment + timedelta(seconds=lifetime_s)
+        key = ApiKey(_hash(secret), tenant, secret[-4:], moment, name, _scopes(scopes), expires_at)
+        self._catalog.add_key(key)
+        told = {**_told(key), "scopes": " ".join(key.scopes), **details}
+        self._note(by, f"key_{action}", tenant, **told)
+        return secret
 
-    def _tenant(self, name: str) -> Tenant:
+    def _must_be_stored(self, key: ApiKey) -> None:
+        if key.key_id in self._configured:
+            raise Forbidden("this API key is given by the server's configuration; it ends when it is taken out there")
+
+    def _ensure(self, name: str, by: By) -> Tenant:
         """The tenant of that name, who is made if unknown."""
-        return self._catalog.ensure_tenant(Tenant(f"tenant-{token_hex(8)}", valid_name(name, "tenant")))
+        tenant, is_new = self._catalog.ensure_tenant(Tenant(f"tenant-{token_hex(8)}", _name(name, "tenant")))
+        if is_new:
+            self._note(by, "tenant_create", tenant)
+        return tenant
+
+    def _note(self, by: By, event: str, tenant: Tenant, **details: str | int | None) -> None:
+        told = {**details, "tenant": tenant.name}
+        if isinstance(by, ApiKey):
+            told["by_key"] = by.number
+        self._audit.note(by.tenant if isinstance(by, ApiKey) else by, event, tenant.tenant_id, **told)
+
+
+def _unknown(credential: str) -> Unauthorized:
+    return Unauthorized(
+        f"invalid api key (the one received ends in …{credential[-4:]}): this server does not know it. "
+        "SDKs up to 0.16.1 prefer TINKER_API_KEY over api_key=, newer ones the argument; "
+        "`tuft key create --tenant NAME` on the server's machine makes a key"
+    )
+
+
+def _check(name: str, scopes: Sequence[Scope], lifetime_s: float | None) -> None:
+    if name:
+        _name(name, "name")
+    if not scopes or not set(scopes) <= set(ALL_SCOPES):
+        raise InvalidInput("scopes", list(scopes), f"must be some of {', '.join(ALL_SCOPES)}")
+    if lifetime_s is not None and not 0 < lifetime_s <= _MAX_LIFETIME_S:
+        raise InvalidInput("lifetime_s", lifetime_s, f"must be above 0, at most {_MAX_LIFETIME_S:.0f} seconds")
+
+
+def _name(name: str, field: str) -> str:
+    if len(valid_name(name, field)) > _MAX_NAME:
+        raise InvalidInput(field, name, f"must be at most {_MAX_NAME} characters")
+    return name
+
+
+def _scopes(scopes: Sequence[Scope]) -> tuple[Scope, ...]:
+    """Each once, in the order in which they are always shown."""
+    return tuple(scope for scope in ALL_SCOPES if scope in scopes)
+
+
+def _told(key: ApiKey) -> dict[str, str | int | None]:
+    """What the audit log says of a key."""
+    told: dict[str, str | int | None] = {"key_number": key.number, "hint": f"…{key.hint}"}
+    return {**told, "key_name": key.name} if key.name else told
 
 
 def _hash(key: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from tuft.errors import NotFound
+from tuft.errors import NotFound, refusing
 from tuft.records import Session
 from tuft.service.signing import Signer
 
@@ -41,6 +41,7 @@ class Span:
     queued_s: float = field(default_factory=lambda: _now_s())
     started_s: float | None = None
     settled_s: float | None = None
+    key_number: int = 0
 
     def start(self) -> None:
         """Its first part is on its way to be computed; later parts change nothing."""
@@ -93,7 +94,8 @@ class Traces:
     def check_link(self, session_id: str, signature: str, expires_at_s: int) -> None:
         """Raises NotFound unless the signature is ours, and still good."""
         if not self._signer.verifies(signature, "trace", session_id, expires_at_s=expires_at_s):
-            raise NotFound("this link is not one of this server's, or is no longer good; ask for a new one")
+            error = NotFound("this link is not one of this server's, or is no longer good; ask for a new one")
+            raise refusing("trace", session_id, error)
 
     async def export(self, session: Session) -> bytes:
         """The session's timeline: a track for each run and sampler, with as many lanes as it had requests at once."""

@@ -26,5 +26,5 @@ def encrypt(file: Path, recipients: Sequence[str]) -> None:
     try:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", [parse_recipient(text) for text in recipients])
     except pyrage.EncryptError as error:
-        raise StorageError(f"{file} could not be encrypted: {error}") from error
+        raise StorageError(f"{file.name} could not be encrypted: {error}") from error
     file.unlink()

@@ -27,18 +27,27 @@ class AuditLog:
             connection.execute(insert(tables.audit_log), rows)
 
     def newest(
-        self, tenant_id: str, resources: Sequence[str] | None, since: datetime, until: datetime, limit: int
+        self,
+        tenant_id: str | None,
+        resources: Sequence[str] | None,
+        since: datetime,
+        until: datetime,
+        limit: int,
+        hidden: Collection[str] = (),
     ) -> tuple[list[AuditEntry], int]:
-        """The tenant's newest entries of that time about these resources (None: about any), oldest first, and the
-        number of all."""
+        """The newest entries of that time, of the tenant (None: of all) and about these resources (None: about any)
+        but for ``hidden`` events, oldest first, and the number of all."""
         table = tables.audit_log
-        query = select(table).where(table.c.tenant_id == tenant_id, table.c.at >= since, table.c.at < until)
+        query = select(table, tables.tenants.c.name).join(tables.tenants).where(table.c.at >= since, table.c.at < until)
+        query = query.where(table.c.event.not_in(hidden))
+        if tenant_id is not None:
+            query = query.where(table.c.tenant_id == tenant_id)
         if resources is not None:
             query = query.where(or_(*(table.c.event.startswith(f"{name}_", autoescape=True) for name in resources)))
         with self._database.transaction() as connection:
             total = connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
             rows = connection.execute(query.order_by(table.c.at.desc(), table.c.entry_id.desc()).limit(limit)).all()
-        return [AuditEntry(row.at, row.event, row.details) for row in reversed(rows)], total
+        return [AuditEntry(row.at, row.event, row.details, row.name) for row in reversed(rows)], total
 
     def delete_before(self, moment: datetime) -> None:
         with self._database.transaction() as connection:

@@ -7,10 +7,9 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row, delete, func, select, update
-from sqlalchemy.exc import IntegrityError
 
 from tuft.config import DEFAULT_PROJECT
-from tuft.records import ApiKey, Run, RunStatus, SamplerInfo, Shared, Tenant, now
+from tuft.records import Run, RunStatus, SamplerInfo, Shared, Tenant
 from tuft.store import tables
 from tuft.store.db import Database
 from tuft.store.sessions import within_reach
@@ -22,41 +21,6 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-
-    # --- tenants and keys ---------------------------------------------------------------------------------------------
-
-    def ensure_tenant(self, tenant: Tenant) -> Tenant:
-        """The tenant of that name, made from ``tenant`` if there is none."""
-        query = select(tables.tenants).where(tables.tenants.c.name == tenant.name)
-        row = self._database.first(query)
-        if row is None:
-            try:
-                self._database.insert(tables.tenants, tenant_id=tenant.tenant_id, name=tenant.name, created_at=now())
-            except IntegrityError:  # another process was faster: `tuft key create` beside the server
-                row = self._database.first(query)
-        return tenant if row is None else Tenant(row.tenant_id, row.name)
-
-    def add_key(self, key: ApiKey) -> None:
-        self._database.insert(
-            tables.api_keys,
-            key_hash=key.key_id,
-            tenant_id=key.tenant.tenant_id,
-            hint=key.hint,
-            created_at=key.created_at,
-        )
-
-    def key(self, key_id: str) -> ApiKey | None:
-        table = tables.api_keys
-        query = select(table, tables.tenants.c.name).join(tables.tenants).where(table.c.key_hash == key_id)
-        row = self._database.first(query)
-        return None if row is None else ApiKey(key_id, Tenant(row.tenant_id, row.name), row.hint, row.created_at)
-
-    def delete_key(self, key_id: str) -> None:
-        with self._database.transaction() as connection:
-            connection.execute(delete(tables.api_keys).where(tables.api_keys.c.key_hash == key_id))
-
-    def has_keys(self) -> bool:
-        return self._database.first(select(tables.api_keys.c.key_hash).limit(1)) is not None
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -74,6 +38,7 @@ class Catalog:
             created_at=run.created_at,
             last_request_at=run.last_request_at,
             user_metadata=dict(run.user_metadata),
+            key_number=run.key_number,
         )
 
     def run(self, tenant: Tenant, run_id: str) -> Run | None:
@@ -114,14 +79,16 @@ class Catalog:
             for run_id, moment in last_request_at.items():
                 connection.execute(update(table).where(table.c.run_id == run_id).values(last_request_at=moment))
 
-    def lose_live_runs(self) -> int:
-        """Called at start: what an earlier server held live is gone. Returns how many runs that were."""
+    def open_runs(self) -> list[Run]:
+        """Those that take operations, of all tenants, oldest first."""
         table = tables.runs
+        query = select(table).where(table.c.status.in_(("creating", "live"))).order_by(table.c.created_at)
+        return [_run(row) for row in self._database.all(query)]
+
+    def delete_run(self, run_id: str) -> None:
+        """One that never began."""
         with self._database.transaction() as connection:
-            changed = connection.execute(
-                update(table).where(table.c.status.in_(("creating", "live"))).values(status="lost")
-            )
-        return changed.rowcount
+            connection.execute(delete(tables.runs).where(tables.runs.c.run_id == run_id))
 
     # --- samplers -----------------------------------------------------------------------------------------------------
 
@@ -136,6 +103,7 @@ class Catalog:
             model_path=sampler.model_path,
             directory=sampler.directory,
             inflight_run_id=sampler.inflight_run_id,
+            saved_seq=sampler.saved_seq,
             created_at=sampler.created_at,
         )
 
@@ -221,6 +189,7 @@ def _run(row: Row[Any]) -> Run:
         last_request_at=row.last_request_at,
         user_metadata=row.user_metadata,
         optimizer=row.optimizer,
+        key_number=row.key_number,
     )
 
 
@@ -235,4 +204,5 @@ def _sampler(row: Row[Any]) -> SamplerInfo:
         directory=row.directory,
         created_at=row.created_at,
         inflight_run_id=row.inflight_run_id,
+        saved_seq=row.saved_seq,
     )

@@ -1,4 +1,4 @@
-"""The rows of checkpoints: what a name means, whose it is, who else may read it, and until when."""
+"""The rows of checkpoints: what a name means, whose it is, who may read it, until when, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tuft.types import CheckpointKind
 
 
 class CheckpointCatalog:
-    """Rows in, records out; what has expired is not there. Raises StorageError when the database refuses."""
+    """Rows in, records out; what has expired is not there, and what is damaged is in no list, only under its name.
+    Raises StorageError when the database refuses."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -44,6 +45,9 @@ class CheckpointCatalog:
                     created_at=checkpoint.created_at,
                     expires_at=checkpoint.expires_at,
                     user_metadata=dict(checkpoint.user_metadata),
+                    digest=checkpoint.digest,
+                    saved_seq=checkpoint.saved_seq,
+                    verified_at=checkpoint.created_at,
                 )
             )
         return directory
@@ -66,7 +70,7 @@ class CheckpointCatalog:
     ) -> tuple[list[Checkpoint], int]:
         """One page of the tenant's of these kinds, newest first, and the number of all."""
         table = tables.checkpoints
-        query = select(table).where(table.c.tenant_id == tenant_id, table.c.kind.in_(kinds), _unexpired())
+        query = select(table).where(table.c.tenant_id == tenant_id, table.c.kind.in_(kinds), *_listed())
         if run_id is not None:
             query = query.where(table.c.run_id == run_id)
         newest_first = (table.c.created_at.desc(), table.c.run_id, table.c.kind, table.c.name)
@@ -77,14 +81,14 @@ class CheckpointCatalog:
         """The newest checkpoint of each kind of each of those runs."""
         table = tables.checkpoints
         age = func.row_number().over(partition_by=(table.c.run_id, table.c.kind), order_by=table.c.created_at.desc())
-        ranked = select(table, age.label("age")).where(table.c.run_id.in_(run_ids), _unexpired()).subquery()
+        ranked = select(table, age.label("age")).where(table.c.run_id.in_(run_ids), *_listed()).subquery()
         found = map(_checkpoint, self._database.all(select(ranked).where(ranked.c.age == 1)))
         return {(checkpoint.path.run_id, checkpoint.path.kind): checkpoint for checkpoint in found}
 
     def expiring(self, tenant: Tenant, before: datetime, limit: int) -> tuple[list[Checkpoint], int]:
         """The tenant's first to expire before that moment, and the number of all that will."""
         table = tables.checkpoints
-        query = select(table).where(table.c.tenant_id == tenant.tenant_id, table.c.expires_at < before, _unexpired())
+        query = select(table).where(table.c.tenant_id == tenant.tenant_id, table.c.expires_at < before, *_listed())
         rows, total = self._database.page(query.order_by(table.c.expires_at), limit, 0)
         return [_checkpoint(row) for row in rows], total
 
@@ -117,6 +121,52 @@ class CheckpointCatalog:
             for table in (tables.checkpoints, tables.samplers)
         )
 
+    def all(self, tenant_id: str | None = None) -> list[Checkpoint]:
+        """Of one tenant or of all, damaged or not, by their names: for the operator."""
+        table = tables.checkpoints
+        query = select(table).where(_unexpired()).order_by(table.c.run_id, table.c.kind, table.c.name)
+        return list(
+            map(
+                _checkpoint,
+                self._database.all(query if tenant_id is None else query.where(table.c.tenant_id == tenant_id)),
+            )
+        )
+
+    def digest(self, directory: str) -> str | None:
+        """The digest of the checkpoint that is in that directory, if a row has one."""
+        column = tables.checkpoints.c.digest
+        query = select(column).where(tables.checkpoints.c.directory == directory, column.is_not(None)).limit(1)
+        row = self._database.first(query)
+        return None if row is None else row.digest
+
+    def to_verify(self, whole_before: datetime, damaged_before: datetime) -> Checkpoint | None:
+        """The one whose files were not read for longest: before the first moment if they were whole then, before the
+        second if they were not."""
+        table = tables.checkpoints
+        seen = table.c.verified_at
+        due = seen.is_(None) | (seen < whole_before) | (table.c.damage.is_not(None) & (seen < damaged_before))
+        row = self._database.first(
+            select(table).where(due, _unexpired()).order_by(seen.is_not(None), seen, table.c.directory).limit(1)
+        )
+        return None if row is None else _checkpoint(row)
+
+    def note_verified(self, directory: str, damage: str | None) -> bool:
+        """What all names of these files are to say of them; False if they have no name any more."""
+        table = tables.checkpoints
+        with self._database.transaction() as connection:
+            changed = connection.execute(
+                update(table).where(table.c.directory == directory).values(damage=damage, verified_at=now())
+            )
+        return changed.rowcount > 0
+
+    def named_directories(self) -> set[str]:
+        """All that checkpoints and samplers read from."""
+        return {
+            row.directory
+            for table in (tables.checkpoints, tables.samplers)
+            for row in self._database.all(select(table.c.directory).where(table.c.directory.is_not(None)).distinct())
+        }
+
     def _first(self, *conditions: Any) -> Checkpoint | None:
         row = self._database.first(select(tables.checkpoints).where(*conditions, _unexpired()))
         return None if row is None else _checkpoint(row)
@@ -125,6 +175,10 @@ class CheckpointCatalog:
 def _named(path: CheckpointPath) -> tuple[Any, ...]:
     table = tables.checkpoints
     return table.c.run_id == path.run_id, table.c.kind == path.kind, table.c.name == path.name
+
+
+def _listed() -> tuple[Any, ...]:
+    return _unexpired(), tables.checkpoints.c.damage.is_(None)
 
 
 def _unexpired() -> Any:
@@ -146,4 +200,7 @@ def _checkpoint(row: Row[Any]) -> Checkpoint:
         user_metadata=row.user_metadata,
         optimizer=row.optimizer,
         public=row.public,
+        digest=row.digest,
+        saved_seq=row.saved_seq,
+        damage=row.damage,
     )

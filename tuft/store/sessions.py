@@ -119,7 +119,11 @@ class SessionCatalog:
             )
             .join(tables.tenants, tables.tenants.c.tenant_id == table.c.tenant_id)
             .outerjoin(failed, failed.c.run_id == first_failed)
-            .where(within_reach(tenant, shared), *_filters(search), self._has_metadata(search.user_metadata))
+            .where(
+                within_reach(tenant, shared),
+                *_filters(self._database, search),
+                self._has_metadata(search.user_metadata),
+            )
         )
         if search.statuses is not None:
             query = query.where(or_(*(_of_status(status, wanted) for wanted in search.statuses)))
@@ -178,14 +182,14 @@ def _of_status(status: ColumnElement[Any], wanted: StatusFilter) -> ColumnElemen
     return and_(status == wanted.status, tables.sessions.c.finish_reason.in_(wanted.reasons))
 
 
-def _filters(search: SessionSearch) -> list[ColumnElement[bool]]:
+def _filters(database: Database, search: SessionSearch) -> list[ColumnElement[bool]]:
     table = tables.sessions
     filters: list[ColumnElement[bool]] = []
     either: list[ColumnElement[bool]] = []
     if search.session_id is not None:
         either.append(table.c.session_id == search.session_id)
     if search.name_words:
-        name = func.lower(table.c.display_name)
+        name = database.lower(table.c.display_name)
         either.append(and_(*(name.contains(word.lower(), autoescape=True) for word in search.name_words)))
     if either:
         filters.append(or_(*either))

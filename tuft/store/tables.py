@@ -11,6 +11,8 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Double,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -47,8 +49,10 @@ tenants = Table(
     Column("tenant_id", String(64), primary_key=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("suspended_at", UtcDateTime),
 )
 
+# A revoked key keeps its row, so that the audit log and usage keep their meaning. ``scopes``: words between spaces.
 api_keys = Table(
     "api_keys",
     metadata,
@@ -56,6 +60,12 @@ api_keys = Table(
     Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
     Column("hint", String(8), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("name", String(64), nullable=False, server_default=""),
+    Column("scopes", String(64), nullable=False, server_default="train sample read"),
+    Column("expires_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+    Index("api_keys_of_tenant", "tenant_id"),
 )
 
 sessions = Table(
@@ -100,10 +110,13 @@ runs = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("last_request_at", UtcDateTime, nullable=False),
     Column("user_metadata", JSON, nullable=False),
+    Column("key_number", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("session_id", "model_seq_id"),
     Index("runs_of_tenant", "tenant_id", "created_at"),
 )
 
+# ``digest``: the SHA-256 of the manifest of its files (``store.integrity``), null for those of older servers.
+# ``verified_at``: when they were last read through; ``damage``: what was wrong with them then.
 checkpoints = Table(
     "checkpoints",
     metadata,
@@ -122,9 +135,13 @@ checkpoints = Table(
     Column("expires_at", UtcDateTime),
     Column("user_metadata", JSON, nullable=False),
     Column("saved_seq", BigInteger),
+    Column("digest", String(64)),
+    Column("damage", Text),
+    Column("verified_at", UtcDateTime),
     PrimaryKeyConstraint("run_id", "kind", "name"),
     Index("checkpoints_of_tenant", "tenant_id", "created_at"),
     Index("checkpoints_of_directory", "directory"),
+    Index("checkpoints_by_verification", "verified_at"),
 )
 
 samplers = Table(
@@ -148,12 +165,14 @@ samplers = Table(
 # Every acknowledged request whose answer is a future: an operation of a run, a sample, ... Its client counts it by
 # ``subject_id`` and ``seq``. ``request`` and ``result`` are encoded records (``tuft.encoding``); a large one is a file
 # (``store.spool``), and null here. ``outcome`` is null while the future is pending, then "ok" or "failed";
-# ``result_bytes`` is null once the result is no longer kept. ``forget_at``: when it may go; sooner once delivered.
+# ``result_bytes`` is null once the result is no longer kept. ``forget_at_s``: when it may go, on the clock of
+# ``server_clock``, which stands still while no server runs and does not jump.
 futures = Table(
     "futures",
     metadata,
     Column("future_id", String(64), primary_key=True),
     Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("key_number", BigInteger, nullable=False),
     Column("kind", String(16), nullable=False),
     Column("subject_id", String(128), nullable=False),
     Column("seq", BigInteger, nullable=False),
@@ -163,15 +182,26 @@ futures = Table(
     Column("request_bytes", BigInteger, nullable=False),
     Column("request", LargeBinary),
     Column("accepted_at", UtcDateTime, nullable=False),
+    Column("charge", JSON, nullable=False),
     Column("outcome", String(8)),
     Column("settled_at", UtcDateTime),
     Column("result_bytes", BigInteger),
     Column("result", LargeBinary),
-    Column("forget_at", UtcDateTime),
+    Column("forget_at_s", Float),
     UniqueConstraint("kind", "subject_id", "seq"),
     Index("futures_by_outcome", "outcome"),
-    Index("futures_by_forgetting", "forget_at"),
+    Index("futures_by_forgetting", "forget_at_s"),
 )
+
+# Which server has the database (``store.claims``), where no lock on a file tells. At most one row.
+server = Table(
+    "server",
+    metadata,
+    Column("token", String(32), nullable=False),
+    Column("description", Text, nullable=False),
+)
+
+server_clock = Table("server_clock", metadata, Column("uptime_s", Float, nullable=False))
 
 # The newest state of each run on disk: all operations up to ``seq``.
 snapshots = Table(
@@ -181,16 +211,8 @@ snapshots = Table(
     Column("seq", BigInteger, nullable=False),
     Column("directory", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", String(64), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
-)
-
-# Samples of whose end their clients have not been told. A sampler may be forgotten before its samples.
-awaited_samples = Table(
-    "awaited_samples",
-    metadata,
-    Column("request_id", String(64), primary_key=True),
-    Column("sampler_id", String(128), nullable=False),
-    Column("clone_id", BigInteger, nullable=False),
 )
 
 custom_losses = Table(
@@ -222,23 +244,48 @@ recorded_sequences = Table(
     Index("recorded_sequences_by_expiry", "expires_at"),
 )
 
-# One row an hour and purpose; session_id is empty where there is none.
-usage = Table(
-    "usage",
+# One row an hour and purpose; session_id is empty and key_number 0 where there is none. ``rate``: the price at that time
+# (``records.rate_of``). Rows that are too old to be told by the hour are added up in one of the hour 1970-01-01 00:00.
+ledger = Table(
+    "ledger",
     metadata,
     Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
     Column("hour", UtcDateTime, nullable=False),
     Column("session_id", String(64), nullable=False),
     Column("base_model", String(256), nullable=False),
     Column("kind", String(32), nullable=False),
+    Column("key_number", BigInteger, nullable=False),
+    Column("rate", BigInteger, nullable=False),
     Column("quantity", BigInteger, nullable=False),
-    PrimaryKeyConstraint("tenant_id", "hour", "session_id", "base_model", "kind"),
+    PrimaryKeyConstraint("tenant_id", "hour", "session_id", "base_model", "kind", "key_number", "rate"),
+)
+
+# What a tenant (key_number 0) or one key of theirs may have, where it is not what the configuration says. A ``value``
+# of null is no limit.
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("key_number", BigInteger, nullable=False),
+    Column("name", String(32), nullable=False),
+    Column("value", Double),
+    PrimaryKeyConstraint("tenant_id", "key_number", "name"),
+)
+
+# How fast each base model was trained here of late: tokens, and the milliseconds in which they were computed.
+paces = Table(
+    "paces",
+    metadata,
+    Column("base_model", String(256), primary_key=True),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("busy_ms", BigInteger, nullable=False),
+    Column("measured_at", UtcDateTime, nullable=False),
 )
 
 audit_log = Table(
     "audit_log",
     metadata,
-    Column("entry_id", Integer, primary_key=True),
+    Column("entry_id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
     Column("tenant_id", ForeignKey("tenants.tenant_id"), nullable=False),
     Column("at", UtcDateTime, nullable=False),
     Column("event", String(64), nullable=False),

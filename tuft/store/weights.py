@@ -6,94 +6,143 @@
       optimizer.safetensors       exp_avg/…, exp_avg_sq/…, gradients/… (training checkpoints alone)
       manifest.json               LoRA choices, optimizer, its step, and the size and SHA-256 of every file above
 
-An external checkpoint holds the first two and an empty ``checkpoint_complete``, each perhaps encrypted (``.age``).
+An external checkpoint holds the first two and an empty ``checkpoint_complete``, each perhaps encrypted (``.age``), and
+a manifest of their sizes and digests alone.
 
-A directory appears under its name only when it is complete: it is written beside it, synced and renamed.
+A directory appears under its name only when it is whole: it is written beside it, synced, read back from the disk,
+renamed, and its parents are synced. Whoever made it then puts its digest into a row (``store.integrity``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tuft.errors import StorageError
+from tuft.errors import Damaged, StorageError
 from tuft.store.age import encrypt
+from tuft.store.integrity import (
+    ADAPTER,
+    COMPLETE,
+    CONFIG,
+    MANIFEST,
+    OPTIMIZER,
+    Stored,
+    check_present,
+    read_through,
+    sha256,
+)
 from tuft.types import LORA_ALPHA, AdapterState, Float32Array, LoraSpec
 
-ADAPTER, CONFIG, COMPLETE = "adapter_model.safetensors", "adapter_config.json", "checkpoint_complete"
-"""What is handed out; clients look for the last to know that they have everything."""
-_OPTIMIZER, _MANIFEST = "optimizer.safetensors", "manifest.json"
 _PARTIAL = ".partial-"
+_FILE_BYTES, _TENSOR_BYTES = 2**14, 512
+"""What a file takes beside its tensors, and a tensor beside its numbers, at most."""
+_OS_ERROR = re.compile(r"os error (\d+)")
+"""How what is written in Rust tells of one; the rest of its message names the file."""
+_SETTLED = timedelta(hours=1)
+"""A directory that has waited so long for a row will not get one."""
 
 
-def write_adapter(root: Path, directory: str, state: AdapterState, base_model: str) -> int:
-    """Write ``state`` to ``root/directory`` (which must not exist). Returns its size in bytes.
+class Written(NamedTuple):
+    """``size_bytes`` of what was saved; ``digest`` is the SHA-256 of its manifest."""
 
-    Raises StorageError; nothing stays under the name then.
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A directory below the root that no row names: its save died before the row was written, or its deletion did."""
+
+    directory: str
+    size_bytes: int
+    written_at: datetime
+
+
+def write_adapter(
+    root: Path, directory: str, state: AdapterState, base_model: str, *, min_free_bytes: int = 0
+) -> Written:
+    """Write ``state`` to ``root/directory`` (which must not exist).
+
+    Raises StorageError, before anything is written if it would leave less than ``min_free_bytes`` of the disk free;
+    nothing stays under the name then, nor beside it.
     """
 
-    def fill(partial: Path) -> None:
+    def fill(partial: Path) -> dict[str, Any]:
         _write_peft(partial, state, base_model)
         if state.exp_avg:
-            save_file(_optimizer_tensors(state), partial / _OPTIMIZER)
-        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
-        about = {"base_model": base_model, "lora": asdict(state.spec), "optimizer": state.optimizer, "step": state.step}
-        manifest = {**about, "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+            save_file(_optimizer_tensors(state), partial / OPTIMIZER)
+        return {"base_model": base_model, "lora": asdict(state.spec), "optimizer": state.optimizer, "step": state.step}
 
-    return _write(root / directory, fill)
+    needed_bytes = _size_of(state.weights, state.exp_avg, state.exp_avg_sq, state.gradients)
+    written, manifest_bytes = _write(root, directory, needed_bytes, min_free_bytes, fill)
+    return written._replace(size_bytes=written.size_bytes + manifest_bytes)
 
 
 def write_external(
-    root: Path, directory: str, state: AdapterState, base_model: str, recipients: Sequence[str] | None
-) -> int:
-    """The same for PEFT's files alone, encrypted to ``recipients`` if there are any."""
+    root: Path,
+    directory: str,
+    state: AdapterState,
+    base_model: str,
+    recipients: Sequence[str] | None,
+    *,
+    min_free_bytes: int = 0,
+) -> Written:
+    """The same for PEFT's files alone, encrypted to ``recipients`` if there are any. Its size is what is handed out."""
 
-    def fill(partial: Path) -> None:
+    def fill(partial: Path) -> dict[str, Any]:
         _write_peft(partial, state, base_model)
         (partial / COMPLETE).touch()
         if recipients is not None:
             for path in list(partial.iterdir()):
                 encrypt(path, recipients)
+        return {}
 
-    return _write(root / directory, fill)
+    needed_bytes = _size_of(state.weights) * (1 if recipients is None else 2)  # for a while, plain and encrypted
+    return _write(root, directory, needed_bytes, min_free_bytes, fill)[0]
 
 
-def read_adapter(root: Path, directory: str, *, with_optimizer: bool) -> AdapterState:
-    """The adapter saved under ``root/directory``, after its files were checked against the manifest.
+def read_adapter(root: Path, directory: str, *, with_optimizer: bool, digest: str | None = None) -> AdapterState:
+    """The adapter saved under ``root/directory``, after its files were checked against the manifest, and that against
+    ``digest`` if it is known.
 
-    Raises StorageError naming the file that is missing or damaged.
+    Raises Damaged naming the file that is missing or not what was written; StorageError if the disk does not answer.
     """
     path = root / directory
+    stored = Stored(directory, digest, 0)
+    left_out = frozenset() if with_optimizer else frozenset({OPTIMIZER})
+    manifest = check_present(root, stored, without=left_out)
+    for _ in read_through(root, stored, without=left_out):
+        pass
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        wanted = [name for name in manifest["files"] if with_optimizer or name != _OPTIMIZER]
-        for name in wanted:
-            if _sha256(path / name) != manifest["files"][name]["sha256"]:
-                raise StorageError(f"{path / name} is damaged: its SHA-256 is not the one of its manifest")
         weights = load_file(path / ADAPTER)
-        optimizer = load_file(path / _OPTIMIZER) if _OPTIMIZER in wanted else {}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StorageError(f"checkpoint {path} cannot be read: {error}") from error
-    return AdapterState(
-        spec=LoraSpec(**manifest["lora"]),
-        weights=weights,
-        exp_avg=_part(optimizer, "exp_avg"),
-        exp_avg_sq=_part(optimizer, "exp_avg_sq"),
-        gradients=_part(optimizer, "gradients"),
-        step=manifest["step"] if optimizer else 0,
-        optimizer=manifest.get("optimizer", "adamw"),  # those of an older server do not say
-    )
+        optimizer = load_file(path / OPTIMIZER) if with_optimizer and OPTIMIZER in manifest["files"] else {}
+        return AdapterState(
+            spec=LoraSpec(**manifest["lora"]),
+            weights=weights,
+            exp_avg=_part(optimizer, "exp_avg"),
+            exp_avg_sq=_part(optimizer, "exp_avg_sq"),
+            gradients=_part(optimizer, "gradients"),
+            step=manifest["step"] if optimizer else 0,
+            optimizer=manifest.get("optimizer", "adamw"),  # those of an older server do not say
+        )
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Damaged(f"{directory} is damaged: {error}") from error
 
 
 def files_to_hand_out(root: Path, directory: str) -> dict[str, Path]:
@@ -101,12 +150,15 @@ def files_to_hand_out(root: Path, directory: str) -> dict[str, Path]:
     try:
         paths = sorted((root / directory).iterdir())
     except OSError as error:
-        raise StorageError(f"checkpoint {root / directory} cannot be read: {error}") from error
-    return {path.name: path for path in paths if path.name not in (_OPTIMIZER, _MANIFEST)}
+        raise StorageError(f"{directory} cannot be read: {error.strerror}") from error
+    return {path.name: path for path in paths if path.name not in (OPTIMIZER, MANIFEST)}
 
 
 def delete_adapter(root: Path, directory: str) -> None:
-    shutil.rmtree(root / directory, ignore_errors=True)
+    """Whoever has its files open reads on. Of a deletion that dies half-way the sweep deletes the rest."""
+    doomed = root / directory
+    with suppress(OSError):
+        shutil.rmtree(doomed.rename(doomed.with_name(f"{_PARTIAL}{doomed.name}-{token_hex(4)}")), ignore_errors=True)
 
 
 def sweep(root: Path) -> int:
@@ -118,21 +170,96 @@ def sweep(root: Path) -> int:
     return len(partial)
 
 
-def _write(final: Path, fill: Callable[[Path], None]) -> int:
-    """``fill`` a directory that takes its name when all of it is on the disk; returns its size in bytes."""
-    partial = final.with_name(f"{_PARTIAL}{final.name}-{token_hex(4)}")
+def find_orphans(root: Path, named: Callable[[], Collection[str]]) -> list[Orphan]:
+    """Directories without a row, an hour after they were written at the earliest: safe beside a server that saves."""
+    found = [path for path in root.glob("*/*/*") if path.is_dir() and not path.name.startswith(_PARTIAL)]
+    known = named()  # asked afterwards: what got its row meanwhile is no orphan
+    orphans = []
+    for path in sorted(found):
+        directory = str(path.relative_to(root))
+        if directory in known:
+            continue
+        with suppress(OSError):  # deleted meanwhile
+            written_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            if written_at < datetime.now(UTC) - _SETTLED:
+                orphans.append(Orphan(directory, sum(file.lstat().st_size for file in path.iterdir()), written_at))
+    return orphans
+
+
+def _write(
+    root: Path, directory: str, needed_bytes: int, min_free_bytes: int, fill: Callable[[Path], dict[str, Any]]
+) -> tuple[Written, int]:
+    """``fill`` a directory that takes its name when all of it is on the disk; also returns the manifest's bytes."""
+    final = root / directory
+    place = final.with_name(f"{_PARTIAL}{final.name}-{token_hex(4)}")
+    is_done = False
     try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        size = sum(path.stat().st_size for path in partial.iterdir())
-        for path in (*partial.iterdir(), partial):
+        _require_space(root, needed_bytes, min_free_bytes)
+        place.mkdir(parents=True)
+        about = fill(place)
+        files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(place.iterdir())}
+        manifest = json.dumps({**about, "files": files}, indent=2).encode()
+        (place / MANIFEST).write_bytes(manifest)
+        size_bytes = sum(path.stat().st_size for path in place.iterdir()) - len(manifest)
+        written = Written(size_bytes, hashlib.sha256(manifest).hexdigest())
+        for path in (*place.iterdir(), place):
             _sync(path)
-        partial.rename(final)
-        _sync(final.parent)
+        for _ in read_through(place.parent, Stored(place.name, written.digest, size_bytes)):
+            pass
+        place = place.rename(final)
+        for parent in final.parents[: len(final.relative_to(root).parts)]:
+            _sync(parent)
+        is_done = True
     except (OSError, SafetensorError, StorageError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"{final} could not be written: {error}; free some space, then save again") from error
-    return size
+        raise StorageError(
+            f"{root.name}/{directory} could not be written: {_reason(root, needed_bytes, error)}"
+        ) from error
+    finally:
+        if not is_done:
+            shutil.rmtree(place, ignore_errors=True)
+    return written, len(manifest)
+
+
+class _DiskFull(StorageError):
+    pass
+
+
+def _require_space(root: Path, needed_bytes: int, min_free_bytes: int) -> None:
+    """Before a byte is written. Raises StorageError."""
+    if needed_bytes + min_free_bytes > _free_bytes(root):
+        kept = f" ({min_free_bytes:,} of them are kept free)" if min_free_bytes else ""
+        raise _DiskFull(f"the disk is full{kept}")
+
+
+def _reason(root: Path, needed_bytes: int, error: Exception) -> str:
+    """What went wrong, in words that name no path of the server's, and what to do."""
+    found = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    said = str(error).replace(f"{root}/", "") if number is None else os.strerror(number)
+    if not isinstance(error, _DiskFull) and number not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{said}; nothing of it was kept: save again, or look at the server's disk"
+    try:
+        free = f"{_free_bytes(root):,}"
+    except OSError:
+        free = "an unknown number"
+    return (
+        f"{said}: it needs about {needed_bytes:,} bytes, and {free} are free in the server's {root.name!r} directory; "
+        "delete checkpoints or make room there, then save again"
+    )
+
+
+def _free_bytes(root: Path) -> int:
+    place = root
+    while not place.exists():
+        place = place.parent
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _size_of(*tensors: Mapping[str, Float32Array]) -> int:
+    """Of files with these tensors, at most."""
+    num_bytes = sum(array.nbytes + _TENSOR_BYTES for named in tensors for array in named.values())
+    return num_bytes + 4 * _FILE_BYTES
 
 
 def _write_peft(partial: Path, state: AdapterState, base_model: str) -> None:
@@ -164,14 +291,12 @@ def _peft_config(state: AdapterState, base_model: str) -> dict[str, Any]:
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync(path: Path) -> None:
+    """Onto the disk, and out of memory where the system can: whoever reads next reads from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -1,0 +1,223 @@
+"""Which training runs the engine holds. The others are on the disk: a snapshot, and the operations since.
+
+A run is brought in when an operation of it has its turn: after the engine or the server died, or because it had left to
+make room. Snapshot and operations give its exact state, since the engine computes the same from the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter, OptimStep, RunLoss
+from tuft.errors import Damaged, EngineDied, RunLost, TuftError
+from tuft.footprint import resident_bytes
+from tuft.records import JournaledFuture, Run
+from tuft.service.calls import CreateRun
+from tuft.service.futures import Futures
+from tuft.service.models import BaseModels
+from tuft.service.queue import cut_loss
+from tuft.service.scheduler import Scheduler
+from tuft.service.snapshots import Snapshots
+from tuft.store.journal import Journal
+
+log = structlog.get_logger(__name__)
+
+_PAUSE_S = 0.5
+_MAX_REPLAYED_AT_ONCE = 8
+"""Operations with the engine at a time while a run is computed anew."""
+_SWEEP_INTERVAL_S = 0.25
+
+
+class Residency:
+    """Runs of all tenants. ``max_bytes`` bounds what those that the engine holds need together; the least used
+    leave."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        futures: Futures,
+        scheduler: Scheduler,
+        snapshots: Snapshots,
+        models: BaseModels,
+        max_bytes: int,
+    ) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._futures = futures
+        self._scheduler = scheduler
+        self._snapshots = snapshots
+        self._models = models
+        self._max_bytes = max_bytes
+        self._runs: dict[str, Run] = {}  # those that are open
+        self._generations: OrderedDict[str, int] = OrderedDict()  # run -> engine generation; least used first
+        self._bringing: dict[str, asyncio.Task[None]] = {}
+        self._turn = asyncio.Lock()
+        self.lose: Callable[[Run, RunLost], None]
+        """Ends a run whose state cannot be had any more. Set when the floor is put together."""
+
+    def open(self, run: Run) -> None:
+        """The run may be brought in from now on."""
+        self._runs[run.run_id] = run
+
+    def close(self, run_id: str) -> None:
+        """The run has ended: neither the engine nor the disk needs to hold it."""
+        self._runs.pop(run_id, None)
+        if self._generations.pop(run_id, None) is not None or run_id in self._bringing:
+            self._engine.submit([DropAdapter(run_id)])
+        self._snapshots.forget(run_id)
+
+    def placed(self, run_id: str, generation: int) -> None:
+        """The run's adapter was put into the engine when it had that generation."""
+        self._generations[run_id] = generation
+        self._generations.move_to_end(run_id)
+
+    def is_resident(self, run_id: str) -> bool:
+        if self._generations.get(run_id) != self._engine.generation:
+            return False
+        self._generations.move_to_end(run_id)
+        return True
+
+    def changed(self, run_id: str) -> None:
+        self._snapshots.changed(run_id)
+
+    @property
+    def num_resident(self) -> int:
+        return sum(generation == self._engine.generation for generation in self._generations.values())
+
+    def bring(self, run_id: str) -> None:
+        if run_id in self._runs and run_id not in self._bringing:
+            task = asyncio.get_running_loop().create_task(self._bring(run_id))
+            task.add_done_callback(lambda _: self._bringing.pop(run_id, None))
+            self._bringing[run_id] = task
+
+    async def make_room(self, run: Run) -> None:
+        """Have the least used runs leave until there is memory for ``run``, as far as any can."""
+        for run_id in list(self._generations):
+            if sum(map(self._bytes, {*self._generations, run.run_id})) <= self._max_bytes:
+                return
+            if run_id != run.run_id and self._scheduler.is_idle(run_id):
+                await self._leave(run_id)
+
+    async def serve(self) -> None:
+        """Write snapshots when they are due; runs until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+            run_id = self._snapshots.due()
+            if run_id is None:
+                continue
+            if run_id not in self._runs or self._generations.get(run_id) != self._engine.generation:
+                self._snapshots.unchanged(run_id)
+                continue
+            began_s = time.monotonic()
+            try:
+                await self._snapshots.take(self._runs[run_id])
+            except TuftError as error:  # the journal has what the snapshot would have covered
+                log.error("no snapshot", run=run_id, error=str(error))
+            self._snapshots.pause_after(began_s)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Write down what has changed, as far as time allows, so that the next server has little to do."""
+        for task in self._bringing.values():
+            task.cancel()
+        deadline = time.monotonic() + timeout_s
+        for run_id in list(self._generations):
+            if time.monotonic() < deadline and self.is_resident(run_id) and not self._snapshots.is_current(run_id):
+                try:
+                    await self._snapshots.take(self._runs[run_id])
+                except TuftError as error:
+                    log.error("no snapshot", run=run_id, error=str(error))
+
+    # --- in and out ---------------------------------------------------------------------------------------------------
+
+    async def _bring(self, run_id: str) -> None:
+        run = self._runs[run_id]
+        try:
+            async with self._turn:  # one after the other: each is ready soonest, and memory is counted
+                while self._scheduler.is_running(run_id):  # what the last engine held is being put back
+                    await asyncio.sleep(0.01)
+                await self.make_room(run)
+                generation = self._engine.generation
+                await self._restore(run)
+                if run_id in self._runs:
+                    self.placed(run_id, generation)
+        except EngineDied:
+            await asyncio.sleep(_PAUSE_S)
+        except TuftError as error:
+            text = f"run {run_id} cannot be brought back: {error}; load_state(path) of a checkpoint goes on from there"
+            log.error("run lost", run=run_id, error=str(error))
+            self.lose(run, RunLost(text))
+        self._bringing.pop(run_id, None)
+        self._scheduler.dispatch()
+
+    async def _restore(self, run: Run) -> None:
+        """Raises TuftError."""
+        began_s = time.monotonic()
+        snapshot = await asyncio.to_thread(self._journal.snapshot, run.run_id)
+        entries = await asyncio.to_thread(self._journal.of_run, run.run_id, -1 if snapshot is None else snapshot.seq)
+        done = [entry for entry in entries if entry.outcome == "ok"]
+        if snapshot is not None:
+            state = await self._snapshots.read(snapshot)
+            state = replace(state, spec=run.spec, optimizer=run.optimizer)
+            await self._scheduler.ask(LoadAdapter(run.run_id, run.base_model, state, trainable=True))
+        else:
+            if not done or not isinstance(await self._futures.request(done[0].future_id), CreateRun):
+                raise Damaged("neither a snapshot nor its beginning is on the disk")
+            await self._scheduler.ask(CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
+        num_replayed = await self._replay(run, done)
+        if num_replayed:
+            elapsed_s = time.monotonic() - began_s
+            log.warning("a run is back", run=run.run_id, operations=num_replayed, elapsed_s=round(elapsed_s, 2))
+
+    async def _replay(self, run: Run, done: Sequence[JournaledFuture]) -> int:
+        """Compute again what changed the run's state; returns how many operations that were."""
+        num_replayed = 0
+        replies: list[asyncio.Future[Any]] = []
+        for entry in done:
+            if entry.name not in REPLAYED:
+                continue
+            work = await self._futures.request(entry.future_id)
+            if not isinstance(work, OptimStep) and not (isinstance(work, RunLoss) and work.backward):
+                continue
+            num_replayed += 1
+            parts: Sequence[RunLoss | OptimStep] = [work]
+            if isinstance(work, RunLoss):  # in the parts in which it was computed the first time
+                parts = [part for part, _ in cut_loss(work, f"again-{entry.future_id}", self._engine.pass_tokens)]
+            replies += [asyncio.wrap_future(self._engine.submit([part])[0]) for part in parts]
+            while len(replies) >= _MAX_REPLAYED_AT_ONCE:
+                await replies.pop(0)
+        await asyncio.gather(*replies)
+        if num_replayed:
+            self._snapshots.changed(run.run_id)
+        return num_replayed
+
+    async def _leave(self, run_id: str) -> None:
+        """Have an idle run leave the engine. It stays if it cannot be written down."""
+        run = self._runs[run_id]
+        try:
+            if self.is_resident(run_id) and not self._snapshots.is_current(run_id):
+                await self._snapshots.take(run)
+        except TuftError as error:
+            log.error("a run cannot leave the engine", run=run_id, error=str(error))
+            return
+        if self._scheduler.is_idle(run_id) and self._snapshots.is_current(run_id):
+            self._generations.pop(run_id, None)
+            self._engine.submit([DropAdapter(run_id)])
+
+    def _bytes(self, run_id: str) -> int:
+        run = self._runs.get(run_id)
+        if run is None:
+            return 0
+        model = self._models.require(run.base_model)
+        return resident_bytes(model.linear_shapes, run.spec, run.optimizer)
+
+
+REPLAYED = ("forward_backward", "optim_step")
+"""Names of the operations that change a run's state and are computed again. A load is followed by a snapshot."""
