@@ -158,6 +158,9 @@ def main() -> None:
                 print(f"killed: engine {killer.num_engine}, server {killer.num_server}")
         expected, seen = told
         print("final adapter equal:", seen.digest == expected.digest)
+        for step, (left, right) in enumerate(zip(expected.losses, seen.losses, strict=True)):
+            if left != right:
+                print(f"loss of step {step}: {left!r}, then {right!r}")
         print("losses equal:", seen.losses == expected.losses, "logprobs equal:", seen.logprobs == expected.logprobs)
         print("samples equal:", seen.samples == expected.samples)
 

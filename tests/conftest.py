@@ -20,6 +20,8 @@ from tests.databases import (  # noqa: F401  (fixtures)
     empty_database_url,
     empty_postgres_url,
     migrated_postgres,
+    own_postgres,
+    own_postgres_url,
     postgres_server,
     postgres_url,
 )

@@ -28,6 +28,22 @@ def postgres_server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def own_postgres(postgres_server: str) -> Iterator[postgres.Postgres]:
+    """A server of these tests' own, which they may stop and start. They leave it running."""
+    if postgres.programs() is None:
+        pytest.skip(f"{postgres_server} is elsewhere, and PostgreSQL is not installed here")
+    with postgres.running() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgres_url(own_postgres: postgres.Postgres) -> Iterator[str]:
+    """An empty database on it."""
+    with postgres.new_database(own_postgres.url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
 def migrated_postgres(postgres_server: str) -> Iterator[str]:
     """The name of a database with today's tables, to copy: that is quicker than to migrate."""
     with postgres.new_database(postgres_server) as url:

@@ -43,7 +43,7 @@ def test_the_first_launch_keeps_its_key_for_the_owner_alone(tiny_server: LiveSer
 def test_a_second_server_on_one_home_is_refused_by_the_firsts_process_id(tiny_server: LiveServer) -> None:
     done = tuft("launch", "--port", "0", "--home", str(tiny_server.home))
     assert done.returncode == 1
-    assert f"in use by the server with process id {tiny_server.process.pid}" in done.stderr
+    assert f"in use by another server: process {tiny_server.process.pid} " in done.stderr
 
 
 def test_a_port_in_use_says_what_to_do(tiny_server: LiveServer, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from tuft import garbage
 from tuft.api.http import create_app
 from tuft.config import ALL_SCOPES, Config
 from tuft.connections import HttpServer
@@ -20,8 +21,9 @@ from tuft.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, find_embedded
 from tuft.engine.base import BaseModelSource, EngineSettings
 from tuft.engine.worker import EngineProcess
 from tuft.errors import ConfigError, StorageError
+from tuft.records import ApiKey
 from tuft.service.services import Services
-from tuft.service.tenants import DEFAULT_TENANT, Tenants
+from tuft.service.tenants import DEFAULT_TENANT, Tenants, key_id_of
 from tuft.store.claims import describe_server
 from tuft.store.db import Database, open_database, sqlite_url
 from tuft.types import BaseModelInfo
@@ -96,10 +98,21 @@ def ensure_first_key(config: Config, tenants: Tenants) -> tuple[str | None, bool
     if config.keys or tenants.has_keys():
         return None, False
     key = tenants.create_key(DEFAULT_TENANT, scopes=ALL_SCOPES)
+    _keep(file, key)
+    return key, True
+
+
+def keep_rotated(config: Config, rotated: ApiKey, key: str) -> None:
+    """If ``<home>/api_key`` holds the key that was rotated, let it hold ``key``, the new one."""
+    file = config.home / "api_key"
+    if file.exists() and key_id_of(file.read_text().strip()) == rotated.key_id:
+        _keep(file, key)
+
+
+def _keep(file: Path, key: str) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as opened:
         opened.write(key + "\n")
-    return key, True
 
 
 class Audience(Protocol):
@@ -141,6 +154,8 @@ async def _serve(
     host, port = listener.getsockname()[:2]
     url = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"  # noqa: S104
     server = HttpServer(create_app(services), config)
+    garbage.settle()
+    collecting = asyncio.create_task(garbage.serve())
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -158,6 +173,7 @@ async def _serve(
         audience.stopping()
     finally:
         stopping.cancel()
+        collecting.cancel()
         watching.cancel()
         await services.stop()
         server.should_exit = True

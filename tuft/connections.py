@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -22,6 +24,8 @@ from tuft.config import Config
 
 _WAITING_CONNECTIONS = 4096
 """How many the kernel keeps for us: clients who all come back at once are not refused."""
+_OTHER_FILES = 128
+"""Descriptors for all that is no connection: a server that has none left can accept nobody."""
 _ACCEPTED_AT_ONCE = 64
 """Of them, before others are served: asyncio would take all that wait in one go, and answer nobody meanwhile."""
 _DROPPED_BODIES = 4
@@ -36,6 +40,8 @@ class Rules:
         self.server = config.server
         self.limits = config.limits
         self.idle: dict[Connection, None] = {}
+        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_connections = max(min(self.limits.max_connections, open_files - _OTHER_FILES), 8)
 
     @property
     def window_bytes(self) -> float:
@@ -73,9 +79,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # told of every byte that is not sent at once
-        most = self.rules.limits.max_connections
+        most = self.rules.max_connections
         if len(self.connections) > most and not self.rules.make_room():
-            self._refuse(503, f"{most} connections are open and in use; limits.max_connections is {most}")
+            allowed = f"limits.max_connections is {self.rules.limits.max_connections}"
+            self._refuse(503, f"{most} connections are open and in use; {allowed}")
             return
         self.rules.idle[self] = None
         self._await_head()
@@ -189,7 +196,9 @@ class Connection(HttpToolsProtocol):
 
     def _check_reader(self) -> None:
         if self._unsent_bytes - self.transport.get_write_buffer_size() < self.rules.window_bytes:
-            self.transport.abort()  # to close it would wait for the reader
+            reset = struct.pack("ii", 1, 0)  # else the kernel keeps what it could not send, for minutes
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            self.transport.abort()
         else:
             self._await_reader()
 

@@ -3,9 +3,9 @@
     TuftError
     ├── UserError                 the request cannot be honoured; the caller can mend it
     │   ├── InvalidInput          a field's value is wrong: names field, value seen, values allowed
-    │   ├── Unauthorized          no key, or a key that is unknown
+    │   ├── Unauthorized          no key, or one that is unknown or has ended
     │   │   └── InvalidToken      a JWT that is forged, has expired, or outlived its key: a new one may do
-    │   ├── Forbidden             the caller may not: a project they are no member of, a key they cannot revoke
+    │   ├── Forbidden             the caller may not: a scope their key lacks, a project of others, a suspended tenant
     │   ├── NotFound              no such object among the caller's own
     │   ├── Gone                  a future that is unknown, or no longer kept
     │   ├── TooLarge              a request body over the limit
@@ -31,6 +31,8 @@ from __future__ import annotations
 import reprlib
 from typing import ClassVar, TypeVar
 
+from tuft import scrub
+
 
 class TuftError(Exception):
     """Base of all errors raised on purpose; ``str(error)`` is fit for the caller's eyes."""
@@ -38,6 +40,13 @@ class TuftError(Exception):
     category: ClassVar[str] = "server"
     refused: tuple[str, str] | None = None
     """What was asked for and not found: its kind, and its id. See ``refusing``."""
+
+    @property
+    def told(self) -> str:
+        """What its caller reads: without keys, not without end, and what is no error of theirs without the paths of
+        this machine."""
+        text = scrub.without_keys(str(self))
+        return scrub.short(text if self.category == "user" else scrub.without_paths(text))
 
 
 E = TypeVar("E", bound=TuftError)

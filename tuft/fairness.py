@@ -62,6 +62,10 @@ class VirtualCounters:
     def weight(self, tenant_id: str) -> float:
         return self._weights.get(tenant_id, 1.0)
 
+    def set_weight(self, tenant_id: str, weight: float) -> None:
+        """From now on."""
+        self._weights[tenant_id] = self._account(tenant_id).weight = weight
+
     def level(self, tenant_id: str) -> float:
         """What the tenant was served for each unit of its weight; only differences of levels mean anything."""
         return self._account(tenant_id).level

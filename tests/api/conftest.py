@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from tests.api.calls import ALIAS, ALICE, BASE_MODEL, BOB, LIMIT_BYTES, SHARED_PROJECT, new_session, post, result
 from tuft.api.http import create_app
+from tuft.api.inflight import InFlight
 from tuft.app import model_sources, open_store, start_engine
 from tuft.config import Config
 from tuft.connections import HttpServer
@@ -30,6 +31,7 @@ class Served:
 
     url: str
     services: Services
+    inflight: InFlight
     alice: httpx.Client
     bob: httpx.Client
     anyone: httpx.Client
@@ -82,8 +84,8 @@ def serving(
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else answers take 40 ms
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
-    app = around(create_app(services))
-    http = HttpServer(app, config)
+    app = create_app(services)
+    http = HttpServer(around(app), config)
     started = threading.Event()
 
     async def serve() -> None:
@@ -102,7 +104,7 @@ def serving(
             httpx.Client(base_url=url, headers={"X-API-Key": BOB}, timeout=60) as bob,
             httpx.Client(base_url=url, timeout=60) as anyone,
         ):
-            yield Served(url, services, alice, bob, anyone)
+            yield Served(url, services, app.state.inflight, alice, bob, anyone)
     finally:
         http.should_exit = True
         thread.join()

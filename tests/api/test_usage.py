@@ -4,11 +4,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from tinker.types import BillingUsageResponse, CurrentCheckpointStorageUsageResponse
+from tinker.types import BillingUsageEvent, BillingUsageResponse, CurrentCheckpointStorageUsageResponse
 
 from tests.api.calls import BASE_MODEL, TOKENS, cross_entropy, post, result
 from tests.api.conftest import Served
-from tuft.records import now
+from tuft.api.usage import _event, _stored
+from tuft.metering import GIGABYTE, UsageRow, rate_of
+from tuft.records import CheckpointStorage, Tenant, now
 
 
 def usage(server: Served) -> BillingUsageResponse:
@@ -75,7 +77,7 @@ def test_what_is_stored_now_is_told_by_project_and_owner(server: Served, run_id:
     everything = CurrentCheckpointStorageUsageResponse.model_validate(server.alice.get(path).json()).data
     assert item in everything
     assert server.bob.get(path, params={"project_id": project_id}).json()["data"] == []
-    assert server.alice.get(path, params={"project_id": "bobs"}).status_code == 403
+    assert server.alice.get(path, params={"project_id": "bobs"}).json()["data"] == []
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,27 @@ def test_a_window_that_cannot_be_answered_is_named(
     response = server.alice.get("/api/v1/billing/usage/events", params=query)
     assert response.status_code == 400
     assert response.json()["detail"].startswith(f"{named}: ")
+
+
+HOUR = now().replace(minute=0, second=0, microsecond=0)
+ALICE = Tenant("tenant-a", "alice")
+
+
+def test_a_row_tells_the_price_that_it_was_used_at_as_the_sdk_defines_it() -> None:
+    trained = UsageRow(HOUR, "s", "m", "training", 3_000_000, "p", {}, rate=rate_of(0.5))
+    event = BillingUsageEvent.model_validate(_event(trained, ALICE, True))
+    assert (event.estimated_cost_usd, event.effective_rate_usd_per_million_tokens) == (1.5, 0.5)
+    assert event.effective_rate_usd_per_gigabyte_month is None
+    stored = UsageRow(HOUR, None, "m", "storage", GIGABYTE * 3600 * 72, None, None, rate=rate_of(0.2))
+    event = BillingUsageEvent.model_validate(_event(stored, ALICE, True))
+    assert event.effective_rate_usd_per_gigabyte_month == 0.2
+    assert event.estimated_cost_usd == pytest.approx(0.2 * event.event_info.gigabyte_hours / 720)  # type: ignore[union-attr]
+    assert _stored(CheckpointStorage("p", ALICE, 1, 5 * GIGABYTE), 0.2)["estimated_monthly_cost_usd"] == 1.0
+
+
+def test_what_has_no_price_or_one_in_another_currency_costs_nothing_that_could_be_told_in_dollars() -> None:
+    priced = UsageRow(HOUR, "s", "m", "training", 3_000_000, "p", {}, rate=rate_of(0.5))
+    free = UsageRow(HOUR, "s", "m", "training", 3_000_000, "p", {})
+    for row, has_costs in ((priced, False), (free, True)):
+        event = BillingUsageEvent.model_validate(_event(row, ALICE, has_costs))
+        assert (event.estimated_cost_usd, event.effective_rate_usd_per_million_tokens) == (None, None)

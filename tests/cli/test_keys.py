@@ -5,37 +5,18 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
+from tests.cli.conftest import Tuft
 from tests.conftest import LiveServer
-from tuft.app import open_store
-from tuft.cli import app
-from tuft.config import load_config
-from tuft.errors import InvalidInput, NotFound, TuftError
+from tuft.app import ensure_first_key, open_store
+from tuft.config import ALL_SCOPES, load_config
+from tuft.errors import InvalidInput, NotFound
 from tuft.service.services import open_tenants
-
-Tuft = Callable[..., str]
-
-
-@pytest.fixture
-def tuft(tmp_path: Path) -> Tuft:
-    """``tuft("key", "list")``: what it prints, with a home of the test's own. Raises what `tuft` would print as the
-    error."""
-
-    def run(*words: str, home: Path = tmp_path) -> str:
-        done = CliRunner().invoke(app, [*words, "--home", str(home)])
-        if isinstance(done.exception, TuftError):
-            raise done.exception
-        assert done.exit_code == 0, (done.output, done.exception)
-        return done.stdout
-
-    return run
 
 
 def key_id_of(tuft: Tuft, name: str) -> str:
@@ -90,6 +71,22 @@ def test_a_rotated_key_ends_after_its_grace(tuft: Tuft) -> None:
         (f"…{old[-4:]}", "ci", ["train"], "expired"),
         (f"…{new[-4:]}", "ci", ["train"], "valid"),
     ]
+
+
+def test_the_key_that_a_launch_shows_is_rotated_too(tuft: Tuft, tmp_path: Path) -> None:
+    config = load_config(home=tmp_path)
+    database = open_store(config)
+    tenants = open_tenants(config, database)
+    first, _ = ensure_first_key(config, tenants)
+    assert first is not None
+    other = tuft("key", "create", "--tenant", "alice", "--name", "other").strip()
+    tuft("key", "rotate", key_id_of(tuft, "other"))
+    assert (tmp_path / "api_key").read_text().strip() == first
+    new = tuft("key", "rotate", str(tenants.stored(first).number)).strip()
+    assert ensure_first_key(config, tenants) == (new, False)
+    assert tenants.key(new).scopes == ALL_SCOPES
+    assert other != new
+    database.close()
 
 
 def test_tenants_are_made_listed_suspended_and_resumed(tuft: Tuft) -> None:

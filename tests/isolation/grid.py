@@ -100,7 +100,9 @@ CASES = (
     _post("get_info", "run", {"model_id": "RUN"}),
     _on_run("forward_backward", forward_backward_input=cross_entropy(TOKENS)),
     _post("forward_backward", "run", "loss", note="protobuf"),
-    _post("forward_backward", "custom_loss", {"model_id": "MY_RUN", "seq_id": "SEQ", "forward_backward_input": "CUSTOM"}),
+    _post(
+        "forward_backward", "custom_loss", {"model_id": "MY_RUN", "seq_id": "SEQ", "forward_backward_input": "CUSTOM"}
+    ),
     _post("forward_backward", "sequence", "spans"),
     _on_run("forward", forward_input=cross_entropy(TOKENS)),
     _post("forward", "custom_loss", {"model_id": "MY_RUN", "seq_id": "SEQ", "forward_input": "CUSTOM"}),
@@ -123,9 +125,7 @@ CASES = (
         note="into a new run",
     ),
     _post("load_weights", "session", {"session_id": "SESSION", "model_seq_id": 102, "path": "MY_CHECKPOINT"}),
-    _post(
-        "create_custom_loss", "session", {**REQUESTS["create_custom_loss"], "custom_loss_seq_id": 5}
-    ),
+    _post("create_custom_loss", "session", {**REQUESTS["create_custom_loss"], "custom_loss_seq_id": 5}),
     _get("/api/v1/training_runs", "project", "/api/v1/training_runs?access_scope=accessible&project_id=PROJECT"),
     _get("/api/v1/training_runs/{run_id}", "run", "/api/v1/training_runs/RUN"),
     _get(
@@ -135,9 +135,7 @@ CASES = (
         member=True,
         note="accessible",
     ),
-    _get(
-        "/api/v1/training_runs/{run_id}/checkpoints", "run", "/api/v1/training_runs/RUN/checkpoints", member=True
-    ),
+    _get("/api/v1/training_runs/{run_id}/checkpoints", "run", "/api/v1/training_runs/RUN/checkpoints", member=True),
     _get("/api/v1/models/{run_id}/checkpoints", "run", "/api/v1/models/RUN/checkpoints", member=True),
     # samples
     _post(
@@ -179,9 +177,7 @@ CASES = (
         {"source_path": "CHECKPOINT", "session_id": "MY_SESSION", "model_seq_id": 103},
         member=True,
     ),
-    _post(
-        "copy_weights", "session", {"source_path": "MY_CHECKPOINT", "session_id": "SESSION", "model_seq_id": 104}
-    ),
+    _post("copy_weights", "session", {"source_path": "MY_CHECKPOINT", "session_id": "SESSION", "model_seq_id": 104}),
     _post("copy_weights", "project", {"source_path": "MY_CHECKPOINT", "destination_project_id": "PROJECT"}),
     Case(f"GET {ONE}/archive", "checkpoint", "/api/v1/training_runs/RUN/checkpoints/weights/base/archive", member=True),
     Case(
@@ -209,14 +205,18 @@ CASES = (
         "/api/v1/billing/usage/checkpoints/current?project_id=PROJECT",
     ),
     # what ends things, last: the owner makes these calls too
-    Case("PUT /api/v1/sessions/{session_id}/project", "session", "/api/v1/sessions/SESSION/project", {"project_id": "x"}),
+    Case(
+        "PUT /api/v1/sessions/{session_id}/project", "session", "/api/v1/sessions/SESSION/project", {"project_id": "x"}
+    ),
     Case(
         "PUT /api/v1/sessions/{session_id}/project",
         "project",
         "/api/v1/sessions/MY_SESSION/project",
         {"project_id": "PROJECT"},
     ),
-    Case(f"PUT {ONE}/ttl", "checkpoint", "/api/v1/training_runs/RUN/checkpoints/weights/base/ttl", {"ttl_seconds": 9999}),
+    Case(
+        f"PUT {ONE}/ttl", "checkpoint", "/api/v1/training_runs/RUN/checkpoints/weights/base/ttl", {"ttl_seconds": 9999}
+    ),
     Case(f"POST {ONE}/publish", "checkpoint", "/api/v1/training_runs/RUN/checkpoints/weights/base/publish"),
     Case(f"DELETE {ONE}/publish", "checkpoint", "/api/v1/training_runs/RUN/checkpoints/weights/base/publish"),
     Case(f"DELETE {ONE}", "checkpoint", "/api/v1/training_runs/RUN/checkpoints/weights/base"),

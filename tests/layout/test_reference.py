@@ -92,7 +92,7 @@ def commands(command: Any, name: str) -> Iterator[str]:
 
 def routes() -> Iterator[tuple[str, str]]:
     """Of an application that serves nobody: its routes are known without a service."""
-    paths = create_app(SimpleNamespace()).openapi()["paths"]  # type: ignore[arg-type]
+    paths = create_app(SimpleNamespace(config=Config())).openapi()["paths"]  # type: ignore[arg-type]
     for path, methods in paths.items():
         for method in methods:
             yield path, method.upper()

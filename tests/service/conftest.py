@@ -44,8 +44,10 @@ def engine(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-async def services(config_file: Path, engine: EngineProcess, tmp_path: Path) -> AsyncIterator[Services]:
-    config = load_config(config_file, home=tmp_path)
+async def services(
+    config_file: Path, engine: EngineProcess, tmp_path: Path, database_url: str
+) -> AsyncIterator[Services]:
+    config = load_config(config_file, home=tmp_path, database_url=database_url)
     database = open_store(config)
     running = Services(config, database, engine)
     await running.start()

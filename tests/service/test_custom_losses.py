@@ -75,7 +75,7 @@ async def test_another_tenants_session_is_not_found(services: Services, session:
 async def test_a_session_has_so_many_losses_and_no_more(
     services: Services, alice: Tenant, session: Session, settled: Settled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services.custom_losses, "_max_losses", 2)
+    monkeypatch.setattr(await services.custom_losses, "_max_losses", 2)
     results = [await settled(await services.custom_losses.create(alice, session.session_id, i, LOSS)) for i in range(3)]
     assert [isinstance(result, CustomLossCreated) for result in results] == [True, True, False]
     assert "2 custom losses; limits.max_custom_losses is 2" in str(results[2])

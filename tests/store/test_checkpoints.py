@@ -7,8 +7,10 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
 from tuft.records import Checkpoint, CheckpointPath, Run, SamplerInfo, Session, Tenant, now
+from tuft.store import tables
 from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
 from tuft.store.db import Database, open_database
@@ -20,6 +22,7 @@ ALICE, BOB, EVE = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob"), Tenant
 SPEC = LoraSpec(rank=4, seed=2**40, train_unembed=False)
 RUN = "s1:train:0"
 KINDS: tuple[CheckpointKind, ...] = ("training", "sampler", "external")
+DAY = timedelta(days=1)
 SHARED = {"p": frozenset({"alice", "bob"})}
 
 
@@ -132,3 +135,54 @@ def test_the_newest_of_each_kind_and_run_is_found_at_once(checkpoints: Checkpoin
     checkpoints.put(checkpoint(run_id="s2:train:0", tenant=EVE))
     newest = checkpoints.newest([RUN, "s3:train:0"])
     assert {key: found.path.name for key, found in newest.items()} == {(RUN, "training"): "b", (RUN, "sampler"): "x"}
+
+
+def test_what_is_damaged_is_in_no_list_and_says_so_under_its_name(checkpoints: CheckpointCatalog) -> None:
+    soon = now() + timedelta(hours=1)
+    checkpoints.put(replace(checkpoint("a", directory="d1"), expires_at=soon, digest="abc"))
+    checkpoints.put(replace(checkpoint("copy", directory="d1"), expires_at=soon, digest="abc"))
+    checkpoints.put(replace(checkpoint("b", directory="d2"), expires_at=soon))
+    assert (checkpoints.digest("d1"), checkpoints.digest("d2"), checkpoints.digest("d3")) == ("abc", None, None)
+    assert checkpoints.note_verified("d1", "a bit flipped")
+    assert not checkpoints.note_verified("d3", "gone meanwhile")
+    for found in (checkpoints.page(ALICE.tenant_id, KINDS, 10, 0), checkpoints.expiring(ALICE, soon + DAY, limit=5)):
+        assert ([one.path.name for one in found[0]], found[1]) == (["b"], 1)
+    assert {one.path.name for one in checkpoints.newest([RUN]).values()} == {"b"}
+    assert {one.path.name: one.damage for one in checkpoints.all(ALICE.tenant_id)} == {
+        "a": "a bit flipped",
+        "b": None,
+        "copy": "a bit flipped",
+    }
+    named = checkpoints.owned(ALICE, checkpoint("copy").path)
+    assert named is not None
+    assert named.damage == "a bit flipped"
+    checkpoints.note_verified("d1", None)
+    assert checkpoints.page(ALICE.tenant_id, KINDS, 10, 0)[1] == 3
+
+
+def test_the_one_that_was_not_looked_at_for_longest_is_next(checkpoints: CheckpointCatalog) -> None:
+    moment = now()
+    for age_days, name in ((1, "young"), (9, "old"), (8, "older server's")):
+        checkpoints.put(replace(checkpoint(name, directory=name), created_at=moment - age_days * DAY))
+    with checkpoints._database.transaction() as connection:
+        table = tables.checkpoints
+        connection.execute(update(table).where(table.c.name == "older server's").values(verified_at=None))
+
+    def next_one(damaged_before: timedelta) -> str | None:
+        found = checkpoints.to_verify(moment - 7 * DAY, now() - damaged_before)
+        return None if found is None else found.directory
+
+    assert next_one(DAY) == "older server's"
+    checkpoints.note_verified("older server's", None)
+    assert next_one(DAY) == "old"
+    checkpoints.note_verified("old", "cut off")
+    assert next_one(DAY) is None
+    assert next_one(-DAY) == "old", "what is damaged is looked at sooner"
+
+
+def test_every_directory_that_something_reads_from_is_known(checkpoints: CheckpointCatalog, database: Database) -> None:
+    checkpoints.put(checkpoint(directory="d1"))
+    for number, directory in enumerate(("d2", None)):
+        sampler = SamplerInfo(f"s1:sample:{number}", ALICE.tenant_id, "s1", number, "m", None, directory, now())
+        Catalog(database).add_sampler(sampler)
+    assert checkpoints.named_directories() == {"d1", "d2"}

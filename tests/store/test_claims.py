@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
 
@@ -101,42 +100,27 @@ def test_nor_under_a_server_of_a_version_that_locks_its_home_alone(tmp_path: Pat
     open_database(sqlite_url(tmp_path)).close()
 
 
-@pytest.fixture(scope="module")
-def own_postgres(postgres_server: str) -> Iterator[postgres.Postgres]:
-    """One that the test may stop and start."""
-    if postgres.programs() is None:
-        pytest.skip("the programs of PostgreSQL are not installed on this machine")
-    with postgres.running() as server:
-        yield server
-
-
-@pytest.fixture
-def own_url(own_postgres: postgres.Postgres) -> Iterator[str]:
-    with postgres.new_database(own_postgres.url) as url:
-        yield url
-
-
 def restart(server: postgres.Postgres) -> None:
     server.stop("immediate")
     server.start()
 
 
-def test_a_claim_outlives_a_restart_of_postgres(own_postgres: postgres.Postgres, own_url: str) -> None:
-    first = open_database(own_url, serving=FIRST)
+def test_a_claim_outlives_a_restart_of_postgres(own_postgres: postgres.Postgres, own_postgres_url: str) -> None:
+    first = open_database(own_postgres_url, serving=FIRST)
     restart(own_postgres)
     use(first)
     with pytest.raises(ConfigError, match=FIRST):
-        open_database(own_url, serving=SECOND)
+        open_database(own_postgres_url, serving=SECOND)
     first.close()
 
 
 def test_a_server_that_lost_its_database_to_another_writes_nothing_more(
-    own_postgres: postgres.Postgres, own_url: str
+    own_postgres: postgres.Postgres, own_postgres_url: str
 ) -> None:
-    first = open_database(own_url, serving=FIRST)
+    first = open_database(own_postgres_url, serving=FIRST)
     use(first)
     restart(own_postgres)
-    second = open_database(own_url, serving=SECOND)
+    second = open_database(own_postgres_url, serving=SECOND)
     for _ in range(2):
         with pytest.raises(StorageError, match="taken over by another server"):
             use(first)
@@ -147,15 +131,15 @@ def test_a_server_that_lost_its_database_to_another_writes_nothing_more(
     first.close()
 
 
-def test_no_server_takes_over_while_a_single_connection_of_the_first_lives(own_url: str) -> None:
+def test_no_server_takes_over_while_a_single_connection_of_the_first_lives(own_postgres_url: str) -> None:
     """Its other connections may have broken: what it is in the middle of writing still counts."""
-    first = open_database(own_url, serving=FIRST)
+    first = open_database(own_postgres_url, serving=FIRST)
     with first.transaction() as connection:
         mine = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
         postgres.execute(
-            own_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tuft' "
+            own_postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tuft' "
             f"AND pid <> {mine}"
         )  # fmt: skip
         with pytest.raises(ConfigError, match=FIRST):
-            open_database(own_url, serving=SECOND)
+            open_database(own_postgres_url, serving=SECOND)
     first.close()

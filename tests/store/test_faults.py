@@ -189,55 +189,47 @@ def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def server(postgres_server: str) -> Iterator[postgres.Postgres]:
-    """One that the test may stop and start."""
-    if postgres.programs() is None:
-        pytest.skip("the programs of PostgreSQL are not installed on this machine")
-    with postgres.running() as server:
-        yield server
-
-
 @pytest.fixture
-def database(server: postgres.Postgres) -> Iterator[Database]:
-    with postgres.new_database(server.url) as url:
-        opened = open_database(url, serving="me")
-        yield opened
-        opened.close()
+def database(own_postgres_url: str) -> Iterator[Database]:
+    opened = open_database(own_postgres_url, serving="me")
+    yield opened
+    opened.close()
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_a_restart_of_postgres_is_said_while_it_lasts_and_forgiven(
-    server: postgres.Postgres, database: Database, mode: str
+    own_postgres: postgres.Postgres, database: Database, mode: str
 ) -> None:
     write(database)
-    server.stop(mode)
+    own_postgres.stop(mode)
     for _ in range(2):
         with pytest.raises(StorageError, match="it cannot be reached; is it running"):
             write(database)
         with pytest.raises(StorageError, match="it cannot be reached; is it running"):
             count(database)
-    server.start()
+    own_postgres.start()
     write(database)
     assert count(database) == 2
 
 
 def test_a_restart_of_postgres_between_two_requests_is_not_noticed(
-    server: postgres.Postgres, database: Database
+    own_postgres: postgres.Postgres, database: Database
 ) -> None:
     write(database)
-    server.stop()
-    server.start()
+    own_postgres.stop()
+    own_postgres.start()
     write(database)
     assert count(database) == 2
 
 
-def test_a_transaction_that_a_restart_cuts_off_is_not_written(server: postgres.Postgres, database: Database) -> None:
+def test_a_transaction_that_a_restart_cuts_off_is_not_written(
+    own_postgres: postgres.Postgres, database: Database
+) -> None:
     def write_twice() -> None:
         with database.transaction() as connection:
             connection.execute(insert(tenants).values(tenant_id="lost", name="lost", created_at=now()))
-            server.stop("immediate")
-            server.start()
+            own_postgres.stop("immediate")
+            own_postgres.start()
             connection.execute(insert(tenants).values(tenant_id="lost-2", name="lost-2", created_at=now()))
 
     with pytest.raises(StorageError, match="the connection to it broke"):
@@ -247,7 +239,7 @@ def test_a_transaction_that_a_restart_cuts_off_is_not_written(server: postgres.P
     assert count(database) == 1
 
 
-def test_a_lock_in_postgres_is_said_and_forgiven(server: postgres.Postgres, database: Database) -> None:
+def test_a_lock_in_postgres_is_said_and_forgiven(own_postgres: postgres.Postgres, database: Database) -> None:
     set_up_connections(database, "SET lock_timeout = '20ms'")
     other = open_database(database.engine.url.render_as_string(hide_password=False))
     with other.transaction() as holding:
@@ -279,12 +271,12 @@ def test_a_postgres_without_free_connections_is_said_and_forgiven(database: Data
     postgres.execute(url, "DROP ROLE plain")
 
 
-def test_a_full_disk_of_postgres_is_said_and_forgiven(server: postgres.Postgres, tmp_path_factory: Any) -> None:
-    with small_disk(server.directory / "small", "24m") as disk:
+def test_a_full_disk_of_postgres_is_said_and_forgiven(own_postgres: postgres.Postgres, tmp_path_factory: Any) -> None:
+    with small_disk(own_postgres.directory / "small", "24m") as disk:
         postgres.own(disk)
-        postgres.execute(server.url, f"CREATE TABLESPACE small LOCATION '{disk}'")
-        postgres.execute(server.url, "CREATE DATABASE cramped TABLESPACE small TEMPLATE template0")
-        database = open_database(f"{server.url.rpartition('/')[0]}/cramped")
+        postgres.execute(own_postgres.url, f"CREATE TABLESPACE small LOCATION '{disk}'")
+        postgres.execute(own_postgres.url, "CREATE DATABASE cramped TABLESPACE small TEMPLATE template0")
+        database = open_database(f"{own_postgres.url.rpartition('/')[0]}/cramped")
         write(database)
         ballast = fill(disk)
         with pytest.raises(StorageError, match="its disk is full; free some space"):
@@ -294,5 +286,5 @@ def test_a_full_disk_of_postgres_is_said_and_forgiven(server: postgres.Postgres,
         write(database)
         assert count(database) == before + 1
         database.close()
-        postgres.execute(server.url, "DROP DATABASE cramped WITH (FORCE)")
-        postgres.execute(server.url, "DROP TABLESPACE small")
+        postgres.execute(own_postgres.url, "DROP DATABASE cramped WITH (FORCE)")
+        postgres.execute(own_postgres.url, "DROP TABLESPACE small")

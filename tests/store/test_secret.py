@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -16,6 +18,22 @@ def test_it_is_made_once_for_its_owners_eyes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
     (tmp_path / "other").mkdir()
     assert load_secret(tmp_path / "other") != secret
+
+
+def test_several_that_make_it_at_once_all_get_the_same(tmp_path: Path) -> None:
+    for number in range(50):
+        home = tmp_path / str(number)
+        home.mkdir()
+        together = Barrier(8)
+
+        def load(home: Path = home, together: Barrier = together) -> bytes:
+            together.wait()
+            return load_secret(home)
+
+        with ThreadPoolExecutor(8) as pool:
+            secrets = {future.result() for future in [pool.submit(load) for _ in range(8)]}
+        assert secrets == {(home / "signing_key").read_bytes()}
+        assert [path.name for path in home.iterdir()] == ["signing_key"]
 
 
 def test_one_that_is_cut_off_or_cannot_be_kept_is_an_error(tmp_path: Path) -> None:

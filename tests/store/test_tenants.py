@@ -1,28 +1,35 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from tests.store.released import DIGESTS, make_released
 from tuft.config import ALL_SCOPES, USER_SCOPES
 from tuft.records import ApiKey, Tenant, now
-from tuft.store.db import open_database
+from tuft.store.audit import AuditLog, NewEntry
+from tuft.store.db import Database, open_database
 from tuft.store.tenants import TenantCatalog
 
 ALICE, BOB = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob")
 
 
 @pytest.fixture
-def catalog(database_url: str) -> Iterator[TenantCatalog]:
-    database = open_database(database_url)
+def database(database_url: str) -> Iterator[Database]:
+    opened = open_database(database_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def catalog(database: Database) -> TenantCatalog:
     opened = TenantCatalog(database)
     for tenant in (ALICE, BOB):
         opened.ensure_tenant(tenant)
-    yield opened
-    database.close()
+    return opened
 
 
 def key(key_id: str = "hash", tenant: Tenant = ALICE) -> ApiKey:
@@ -61,13 +68,44 @@ def test_a_revoked_key_keeps_its_row_and_its_first_moment(catalog: TenantCatalog
     assert not catalog.has_valid_keys()
 
 
-def test_the_end_of_a_key_only_comes_nearer(catalog: TenantCatalog) -> None:
+def test_a_key_that_is_replaced_ends_sooner_and_never_later(catalog: TenantCatalog) -> None:
     catalog.add_key(written := key())
     assert written.expires_at is not None
-    catalog.end_key("hash", written.expires_at + timedelta(hours=1))
+    catalog.replace_key("hash", written.expires_at + timedelta(hours=1), second := key("second"))
     assert catalog.key("hash") == written
-    catalog.end_key("hash", sooner := now())
+    catalog.replace_key("hash", sooner := now(), key("third"))
     assert catalog.key("hash") == replace(written, expires_at=sooner)
+    assert catalog.key("second") == second
+
+
+def test_there_is_no_change_without_its_entry(catalog: TenantCatalog) -> None:
+    catalog.add_key(key())
+    unwritable = NewEntry(frozenset({"no-such-tenant"}), now(), "key_create", {})
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: catalog.add_key(key("second"), unwritable),
+        lambda: catalog.replace_key("hash", now(), key("second"), unwritable),
+        lambda: catalog.revoke_key("hash", now(), unwritable),
+        lambda: catalog.set_suspended(ALICE, now(), unwritable),
+        lambda: catalog.ensure_tenant(Tenant("tenant-c", "carol"), unwritable),
+    )
+    for change in changes:
+        with pytest.raises(IntegrityError):
+            change()
+    assert catalog.named("carol") is None
+    assert catalog.key("second") is None
+    found = catalog.key("hash")
+    assert found is not None
+    assert found.state(now()) == "valid"
+
+
+def test_an_entry_is_written_with_its_change_and_only_then(database: Database, catalog: TenantCatalog) -> None:
+    entry = NewEntry(frozenset({ALICE.tenant_id, BOB.tenant_id}), now(), "key_revoke", {"actor": "x"})
+    catalog.add_key(key())
+    for _ in range(2):
+        catalog.revoke_key("hash", now(), entry)
+    entries, total = AuditLog(database).newest(None, None, entry.at, now(), 10)
+    assert total == 2
+    assert {(found.tenant, found.event) for found in entries} == {("alice", "key_revoke"), ("bob", "key_revoke")}
 
 
 def test_keys_are_listed_by_tenant_and_age_in_pages(catalog: TenantCatalog) -> None:
@@ -103,7 +141,7 @@ def test_tenants_count_the_keys_that_open_the_door(catalog: TenantCatalog) -> No
     for key_id in ("1", "2", "3"):
         catalog.add_key(key(key_id))
     catalog.revoke_key("1", now())
-    catalog.end_key("2", now())
+    catalog.replace_key("2", now(), replace(key("4"), expires_at=now()))
     assert [item.num_keys for item in catalog.tenants(10, 0)[0]] == [1, 0]
 
 

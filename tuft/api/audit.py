@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 
 from tuft.api.auth import Caller, Served
+from tuft.api.pages import listed
 from tuft.records import AuditEntry, now
 
 router = APIRouter(tags=["audit"])
@@ -17,12 +18,10 @@ _DEPRECATED = ("model_id", "tinker_path", "purpose")
 
 
 @router.get("/audit")
-async def audit_log(
-    tenant: Caller, services: Served, event_type: EventType = "all", day: date | None = None
-) -> dict[str, Any]:
+async def audit_log(tenant: Caller, services: Served, event_type: EventType = "all", day: date | None = None) -> Any:
     """What the caller did, and what others did with what is the caller's, on one day from midnight to midnight UTC."""
     entries = await services.audit.of_day(tenant, event_type, day or now().date())
-    return {"entries": [entry_json(entry) for entry in entries]}
+    return await listed(len(entries), lambda: {"entries": [entry_json(entry) for entry in entries]})
 
 
 def entry_json(entry: AuditEntry) -> dict[str, Any]:

@@ -54,8 +54,10 @@ class Fields(BaseModel):
     """The whole bodies, where this model only tells them apart."""
 
     @classmethod
-    def limit_bytes(cls, limits: LimitsSection) -> int:
-        return limits.max_request_bytes if cls.holds_data else limits.max_control_bytes
+    def limit_bytes(cls, limits: LimitsSection) -> tuple[int, str]:
+        """Of the body, and the option that says so."""
+        name = "max_request_bytes" if cls.holds_data else "max_control_bytes"
+        return getattr(limits, name), f"limits.{name}"
 
     @field_validator("*")
     @classmethod
@@ -108,10 +110,10 @@ class Reader(Generic[M]):
         self, request: Request, limits: LimitsSection, caller: Tenant, inflight: InFlight
     ) -> AsyncIterator[Sent[M]]:
         """The body, which is held until the route has done with it."""
-        limit_bytes = self.model.limit_bytes(limits)
+        limit_bytes, option = self.model.limit_bytes(limits)
         hold = await inflight.take(caller.tenant_id, _expected_bytes(request, limit_bytes))
         try:
-            yield Sent(self.model, *await read_bounded(request, limit_bytes, hold), limits)
+            yield Sent(self.model, *await read_bounded(request, limit_bytes, option, hold), limits)
         finally:
             hold.release()
 
@@ -143,8 +145,8 @@ def _expected_bytes(request: Request, limit_bytes: int, num_bytes: int | None = 
     return min(num_bytes, limit_bytes) * (_PARSED_BYTES_OF_PROTOBUF if is_protobuf else _PARSED_BYTES_OF_JSON)
 
 
-async def read_bounded(request: Request, limit_bytes: int, hold: Hold) -> tuple[bytes, TooLarge | None]:
-    """The body, or what fits of its beginning together with the error."""
+async def read_bounded(request: Request, limit_bytes: int, option: str, hold: Hold) -> tuple[bytes, TooLarge | None]:
+    """The body, or what fits of its beginning together with the error, which names the ``option``."""
     parts: list[bytes] = []
     num_bytes = 0
     async for part in request.stream():
@@ -152,11 +154,11 @@ async def read_bounded(request: Request, limit_bytes: int, hold: Hold) -> tuple[
         if num_bytes <= limit_bytes:  # the rest is read and dropped: a sender who is cut off never sees our answer
             parts.append(part)
     content = b"".join(parts)
-    oversize = _too_large(limit_bytes, "") if num_bytes > limit_bytes else None
+    oversize = _too_large(limit_bytes, option, "") if num_bytes > limit_bytes else None
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "zstd":
         await hold.change(_expected_bytes(request, limit_bytes, _decompressed_bytes(content)))
-        content, bomb = await off_loop(len(content), _decompress, content, limit_bytes, oversize is not None)
+        content, bomb = await off_loop(len(content), _decompress, content, limit_bytes, option, oversize is not None)
         return content, oversize or bomb
     if encoding != "identity":
         raise InvalidInput("Content-Encoding", encoding, "must be zstd or absent")
@@ -254,8 +256,8 @@ def _shown(content: bytes) -> str:
     return content[:60].decode(errors="replace")
 
 
-def _too_large(limit_bytes: int, when: str) -> TooLarge:
-    return TooLarge(f"body: it has more than {limit_bytes} bytes{when}; send less at once")
+def _too_large(limit_bytes: int, option: str, when: str) -> TooLarge:
+    return TooLarge(f"body: it has more than {limit_bytes} bytes{when} ({option}); send less at once")
 
 
 def _decompressed_bytes(content: bytes) -> int:
@@ -267,7 +269,7 @@ def _decompressed_bytes(content: bytes) -> int:
     return 0 if num_bytes == zstandard.CONTENTSIZE_UNKNOWN else num_bytes
 
 
-def _decompress(content: bytes, limit_bytes: int, cut_off: bool) -> tuple[bytes, TooLarge | None]:
+def _decompress(content: bytes, limit_bytes: int, option: str, cut_off: bool) -> tuple[bytes, TooLarge | None]:
     """One zstd frame that declares its size, as the SDK sends it; of a larger or ``cut_off`` one, the beginning."""
     try:
         num_bytes = zstandard.get_frame_parameters(content).content_size
@@ -275,7 +277,7 @@ def _decompress(content: bytes, limit_bytes: int, cut_off: bool) -> tuple[bytes,
             raise InvalidInput("body", "a zstd frame of unknown size", "the frame must declare its content size")
         if cut_off or num_bytes > limit_bytes:
             with zstandard.ZstdDecompressor().stream_reader(content) as reader:
-                return reader.read(min(_PREFIX_BYTES, num_bytes)), _too_large(limit_bytes, " when decompressed")
+                return reader.read(min(_PREFIX_BYTES, num_bytes)), _too_large(limit_bytes, option, " when decompressed")
         return zstandard.ZstdDecompressor().decompress(content, allow_extra_data=False), None
     except zstandard.ZstdError as error:
         raise InvalidInput("body", f"{len(content)} bytes", f"must be one zstd frame: {error}") from error

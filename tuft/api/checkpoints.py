@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from tuft.api.auth import Caller, Served
 from tuft.api.body import ClientSeq, Fields, JsonBody
 from tuft.api.optimizers import config_json
-from tuft.api.pages import Limit, Offset, cursor
+from tuft.api.pages import Limit, Offset, cursor, listed
 from tuft.errors import InvalidInput
 from tuft.records import Checkpoint
 from tuft.types import CheckpointKind
@@ -62,18 +62,24 @@ async def list_run_checkpoints(
     kinds: KnownKinds,
     limit: Limit = 10_000,
     offset: Offset = 0,
-) -> dict[str, Any]:
+) -> Any:
     run = services.runs.find(tenant, run_id, accessible=True)
     checkpoints, total_count = await services.checkpoints.list(run.tenant_id, run_id, kinds, limit, offset)
-    return {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)}
+    return await listed(
+        len(checkpoints),
+        lambda: {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)},
+    )
 
 
 @router.get("/checkpoints")
 async def list_checkpoints(
     tenant: Caller, services: Served, kinds: KnownKinds, limit: Limit = 100, offset: Offset = 0
-) -> dict[str, Any]:
+) -> Any:
     checkpoints, total_count = await services.checkpoints.list(tenant.tenant_id, None, kinds, limit, offset)
-    return {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)}
+    return await listed(
+        len(checkpoints),
+        lambda: {"checkpoints": list(map(shown, checkpoints)), "cursor": cursor(limit, offset, total_count)},
+    )
 
 
 @router.delete(ONE, status_code=204)

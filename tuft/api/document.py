@@ -3,11 +3,14 @@ and the key that ``auth`` asks for."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+import orjson
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.dependencies.models import Dependant
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
@@ -20,6 +23,7 @@ _KEYS = {
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "bearer": {"type": "http", "scheme": "bearer", "description": "the key, or a JWT of /api/v1/auth/token"},
 }
+_DOCUMENT = "/openapi.json"
 _REF = "#/components/schemas/{model}"
 
 Routers = Sequence[tuple[str, APIRouter]]
@@ -38,8 +42,11 @@ class DocumentedApp(FastAPI):
     def __init__(self, routers: Routers, **settings: Any) -> None:
         refused = {"model": Refusal, "description": "refused; a 408 has another body: the future is still pending"}
         absent = {"model": Refusal, "description": "the base models are still loading, or the engine has ended"}
-        super().__init__(responses={"4XX": refused, 503: absent}, **settings)
+        super().__init__(responses={"4XX": refused, 503: absent}, openapi_url=None, **settings)
         self._routers = routers
+        self._encoded = b""
+        self.add_api_route(_DOCUMENT, self._document, include_in_schema=False)
+        self.add_api_route("/docs", self._page, include_in_schema=False)
         for prefix, router in routers:
             self.include_router(router, prefix=prefix)
 
@@ -48,6 +55,14 @@ class DocumentedApp(FastAPI):
             _complete(super().openapi(), self._routers)
         assert self.openapi_schema is not None
         return self.openapi_schema
+
+    async def _document(self) -> Response:
+        """Encoded once: anyone may ask for it, and it takes milliseconds."""
+        self._encoded = self._encoded or await asyncio.to_thread(lambda: orjson.dumps(self.openapi()))
+        return Response(self._encoded, media_type="application/json")
+
+    async def _page(self) -> Response:
+        return get_swagger_ui_html(openapi_url=_DOCUMENT, title=self.title)
 
 
 def readers(routers: Routers) -> Mapping[tuple[str, str], Reader[Any] | None]:

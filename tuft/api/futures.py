@@ -46,8 +46,8 @@ class RetrieveFutures(Fields):
     retrieved_request_ids: tuple[str, ...] = Field((), fail_fast=True)
 
     @classmethod
-    def limit_bytes(cls, limits: LimitsSection) -> int:
-        return max(limits.max_control_bytes, limits.max_listed_ids * _ID_BYTES)
+    def limit_bytes(cls, limits: LimitsSection) -> tuple[int, str]:
+        return max(super().limit_bytes(limits), (limits.max_listed_ids * _ID_BYTES, "limits.max_listed_ids"))
 
     @field_validator("retrieved_request_ids")
     @classmethod

@@ -40,6 +40,7 @@ from tuft.api.inflight import InFlight
 from tuft.api.quotas import quota_answer
 from tuft.api.refusals import note_refusal
 from tuft.api.scopes import API_PREFIX
+from tuft.api.refusals import note_refusal
 from tuft.errors import (
     Damaged,
     EngineDied,
@@ -50,6 +51,7 @@ from tuft.errors import (
     NotFound,
     Overloaded,
     QuotaExceeded,
+    StorageError,
     TooLarge,
     TuftError,
     Unauthorized,
@@ -71,6 +73,7 @@ _STATUSES: dict[type[TuftError], int] = {
     EngineDied: 503,
     Overloaded: 503,
     Damaged: 422,
+    StorageError: 503,
     TuftError: 500,
 }
 _MAX_RETRY_AFTER_S = 20
@@ -139,18 +142,18 @@ async def _tuft_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TuftError)
     note_refusal(request, error)
     status = status_of(error)
-    if status == 500:
+    if status == 500 or isinstance(error, StorageError):
         log.error("request failed", path=request.url.path, error=str(error), kind=type(error).__name__)
     headers = {}
     if isinstance(error, ModelError):
         headers["Retry-After"] = str(_retry_after_s(request))
-    if isinstance(error, Overloaded):
+    if isinstance(error, (Overloaded, StorageError)):
         headers["Retry-After"] = "1"
     if isinstance(error, QuotaExceeded):
         status, headers = quota_answer(error, request.headers.get("user-agent", ""))
     if isinstance(error, Unauthorized):  # the SDK makes a new token when this one is said to be what is wrong
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if isinstance(error, InvalidToken) else "Bearer"
-    return _error(status, str(error), headers)
+    return _error(status, error.told, headers)
 
 
 def _retry_after_s(request: Request) -> int:

@@ -9,9 +9,9 @@ from tuft.records import Tenant
 from tuft.service.services import Services
 
 
-def note_refusal(request: Request, error: TuftError) -> None:
+def note_refusal(request: Request, error: TuftError | None) -> None:
     """Every error passes here on its way out; most refuse no id."""
-    if error.refused is None:
+    if error is None or error.refused is None:
         return
     services: Services = request.app.state.services
     caller: Tenant | None = getattr(request.state, "caller", None)  # set by ``auth``; nobody's on public routes

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter
 
 from tuft.api import checkpoints
 from tuft.api.auth import Caller, Served
-from tuft.api.pages import Limit, Offset, Scope, cursor
+from tuft.api.pages import Limit, Offset, Scope, cursor, listed
 from tuft.records import Run
 from tuft.service.services import Services
 
@@ -24,23 +24,31 @@ async def list_runs(
     offset: Offset = 0,
     access_scope: Scope = "owned",
     project_id: str | None = None,
-) -> dict[str, Any]:
+) -> Any:
+    if project_id is not None:
+        services.projects.check(tenant, project_id)
     runs, total_count = services.runs.list(tenant, limit, offset, access_scope == "accessible", project_id)
-    return {"training_runs": await _shown(services, runs), "cursor": cursor(limit, offset, total_count)}
+    show = await _shown(services, runs)
+    return await listed(
+        len(runs), lambda: {"training_runs": list(map(show, runs)), "cursor": cursor(limit, offset, total_count)}
+    )
 
 
 @router.get("/training_runs/{run_id}")
 async def get_run(run_id: str, tenant: Caller, services: Served, access_scope: Scope = "owned") -> dict[str, Any]:
-    (shown,) = await _shown(services, [services.runs.find(tenant, run_id, access_scope == "accessible")])
-    return shown
+    run = services.runs.find(tenant, run_id, access_scope == "accessible")
+    show = await _shown(services, [run])
+    return show(run)
 
 
-async def _shown(services: Services, runs: Sequence[Run]) -> list[dict[str, Any]]:
+async def _shown(services: Services, runs: Sequence[Run]) -> Callable[[Run], dict[str, Any]]:
+    """What shows each of ``runs``, all that has to be looked up being known."""
     newest = await services.checkpoints.newest([run.run_id for run in runs])
     last = {key: checkpoints.shown(checkpoint) for key, checkpoint in newest.items()}
     owners = services.runs.owner_names(runs)
-    return [
-        {
+
+    def show(run: Run) -> dict[str, Any]:
+        return {
             "training_run_id": run.run_id,
             "base_model": run.base_model,
             "model_owner": owners[run.tenant_id],
@@ -52,5 +60,5 @@ async def _shown(services: Services, runs: Sequence[Run]) -> list[dict[str, Any]
             "last_sampler_checkpoint": last.get((run.run_id, "sampler")),
             "user_metadata": dict(run.user_metadata),
         }
-        for run in runs
-    ]
+
+    return show

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import AwareDatetime, Field
 
 from tuft.api.auth import Caller, Served
 from tuft.api.body import Fields, JsonBody, utc
 from tuft.api.pages import Limit, Offset, Scope
+from tuft.api.refusals import note_refusal
 from tuft.config import DEFAULT_PROJECT
 from tuft.errors import InvalidInput
 from tuft.records import URN_PREFIX, SessionSearch, SessionSummary, StatusFilter, Tenant
@@ -70,7 +71,9 @@ async def get_session(
 
 
 @router.post("/sessions/search")
-async def search_sessions(body: JsonBody[SearchSessions], tenant: Caller, services: Served) -> dict[str, Any]:
+async def search_sessions(
+    body: JsonBody[SearchSessions], request: Request, tenant: Caller, services: Served
+) -> dict[str, Any]:
     after = None
     if body.cursor is not None:
         after = (utc(body.cursor.last_created_at, "cursor.last_created_at"), body.cursor.last_session_id)
@@ -85,6 +88,8 @@ async def search_sessions(body: JsonBody[SearchSessions], tenant: Caller, servic
         after=after,
     )
     found, more = await services.sessions.search(tenant, search)
+    if body.session_id is not None:
+        note_refusal(request, services.sessions.missing(tenant, body.session_id))
     cursor = None if more is None else {"last_created_at": more[0], "last_session_id": more[1]}
     return {"sessions": [_summary(summary) for summary in found], "next_cursor": cursor}
 

@@ -10,7 +10,9 @@ from fastapi import APIRouter
 
 from tuft.api.auth import Caller, Served
 from tuft.api.body import utc
-from tuft.records import GIGABYTE, CheckpointStorage, Tenant, UsageRow, price_of
+from tuft.api.pages import listed
+from tuft.metering import GIGABYTE, UsageRow, price_of
+from tuft.records import CheckpointStorage, Tenant
 
 router = APIRouter(tags=["usage"])
 
@@ -19,17 +21,20 @@ _CURRENCY = "USD"
 
 
 @router.get("/billing/usage/events")
-async def usage_events(
-    tenant: Caller, services: Served, starting_on: datetime, ending_before: datetime
-) -> dict[str, Any]:
+async def usage_events(tenant: Caller, services: Served, starting_on: datetime, ending_before: datetime) -> Any:
     """The caller's own usage between two full hours."""
     since, until = utc(starting_on, "starting_on"), utc(ending_before, "ending_before")
+    await services.futures.written()
     rows = await services.usage.between(tenant, since, until)
-    return {
-        "data": [_event(row, tenant, services.prices.currency == _CURRENCY) for row in rows],
-        "sessions": {row.session_id: {"user_metadata": row.user_metadata} for row in rows if row.session_id},
-        "cost_data_through": None,
-    }
+    has_costs = services.prices.currency == _CURRENCY
+    return await listed(
+        len(rows),
+        lambda: {
+            "data": [_event(row, tenant, has_costs) for row in rows],
+            "sessions": {row.session_id: {"user_metadata": row.user_metadata} for row in rows if row.session_id},
+            "cost_data_through": None,
+        },
+    )
 
 
 @router.get("/billing/usage/checkpoints/current")

@@ -9,7 +9,7 @@ import typer
 
 from tuft.cli.options import ConfigOption, HomeOption, JsonOption, day, print_json, print_table
 from tuft.cli.tenants import ALL, opened_tenants
-from tuft.config import ALL_SCOPES, USER_SCOPES, Scope
+from tuft.config import ALL_SCOPES, USER_SCOPES, Scope, load_config
 
 if TYPE_CHECKING:
     from tuft.service.tenants import Tenants
@@ -90,9 +90,14 @@ def key_rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Print a new key in the place of an old one: same tenant, name, scopes and length of life."""
+    from tuft.app import keep_rotated
+
     grace_s = timedelta(hours=1).total_seconds() * grace_hours
     with opened_tenants(config, home) as (tenants, operator):
-        _print_made(tenants, tenants.rotate(tenants.find_key(number), grace_s, by=operator), as_json)
+        old = tenants.find_key(number)
+        key = tenants.rotate(old, grace_s, by=operator)
+        keep_rotated(load_config(config, home=home), old, key)
+        _print_made(tenants, key, as_json)
 
 
 def _print_made(tenants: Tenants, key: str, as_json: bool) -> None:

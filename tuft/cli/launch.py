@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from typing import Annotated
@@ -25,7 +24,9 @@ def launch(
 ) -> None:
     """Start the server. Without options: the embedded model, state under ~/.tuft, http://localhost:10610."""
     options = load_config(config, home=home, **{"server.host": host, "server.port": port})
-    _log_to_stderr(logging.INFO if verbose else logging.WARNING)
+    from tuft.cli.logs import log_to_stderr
+
+    log_to_stderr(logging.INFO if verbose else logging.WARNING)
     from tuft.app import serve
 
     serve(options, _Terminal(options))
@@ -68,12 +69,3 @@ class _Terminal:
 
     def stopping(self) -> None:
         out.print("stopping: queued work ends first ...")
-
-
-def _log_to_stderr(level: int) -> None:
-    import structlog
-
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-    )

@@ -13,7 +13,8 @@ from tuft.cli.options import ConfigOption, HomeOption, JsonOption, print_json, p
 from tuft.cli.tenants import user_name
 from tuft.config import load_config
 from tuft.errors import InvalidInput, NotFound
-from tuft.records import QUOTA_NAMES, Holder, Operator, QuotaName
+from tuft.metering import QUOTA_NAMES, Holder, QuotaName
+from tuft.records import Operator
 
 if TYPE_CHECKING:
     from pathlib import Path

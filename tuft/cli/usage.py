@@ -12,7 +12,8 @@ import typer
 from tuft.cli.options import ConfigOption, HomeOption, JsonOption, out, print_json, print_table
 from tuft.cli.quotas import opened_store
 from tuft.errors import InvalidInput
-from tuft.records import COSTS_A_UNIT, GIGABYTE, cost_of, now
+from tuft.metering import COSTS_A_UNIT, GIGABYTE, cost_of
+from tuft.records import now
 
 if TYPE_CHECKING:
     from tuft.store.usage import UsageSum

@@ -142,7 +142,8 @@ class Sample:
     """Sample as ``spec`` says. ``adapter_id`` None samples the base model. Reply: SampleResult.
 
     A prompt's beginning that was computed before is not computed again, but only within one ``cache_scope``: the
-    service gives the tenant's id, so that nobody can tell from a quick answer what another has asked.
+    service gives the tenant's id, so that nobody can tell from a quick answer what another has asked. Tenants who
+    sample at once have of the time what their ``weight`` says.
     """
 
     base_model: str
@@ -150,6 +151,8 @@ class Sample:
     spec: SampleSpec
     cache_scope: str = ""
     sample_id: str = ""
+    tenant_id: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

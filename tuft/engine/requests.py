@@ -16,7 +16,8 @@ from tuft.engine.kv_pages import num_pages_of
 from tuft.engine.prefix_cache import CHUNK_TOKENS, Chunk
 from tuft.engine.prompt_scores import PromptScores
 from tuft.engine.sampling import Draw, StopRule, uniforms
-from tuft.errors import EngineError, TuftError, UserError
+from tuft.errors import EngineError, InvalidInput, TuftError, UserError
+from tuft.models.architecture import DecoderConfig
 from tuft.models.lora import Adapter
 from tuft.models.paged_attention import PAGE_TOKENS
 from tuft.types import SampledSequence, SampleResult, SampleSpec, StopReason, TokenLogprobs
@@ -44,6 +45,10 @@ class Request:
     num_started: int = 0
     is_over: bool = False
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
+
+    @property
+    def tenant_id(self) -> str:
+        return self.command.tenant_id
 
     @property
     def spec(self) -> SampleSpec:
@@ -142,3 +147,30 @@ class Continuation:
             topk = TokenLogprobs(ids_NK, np.concatenate([row.logprobs_LK for row in self.likeliest]))
         tokens_N, logprobs_N = np.asarray(self.tokens, dtype=np.int64), np.asarray(self.logprobs, dtype=np.float32)
         return SampledSequence(tokens_N, logprobs_N, stop_reason, topk)
+
+
+def checked_length(spec: SampleSpec, config: DecoderConfig, kv_cache_tokens: int) -> int:
+    """How many tokens a sample may have. Raises InvalidInput for a prompt or a count that cannot be computed."""
+    num_prompt, max_tokens = len(spec.prompt_tokens), spec.params.max_tokens
+    if spec.num_samples < 1:
+        raise InvalidInput("num_samples", spec.num_samples, "must be at least 1")
+    for name, count in (("topk_prompt_logprobs", spec.scoring.topk), ("topk_sample_logprobs", spec.topk_logprobs)):
+        if not 0 <= count <= config.vocab_size:
+            raise InvalidInput(name, count, f"must be 0 to {config.vocab_size}")
+    limit = config.max_context_tokens
+    if not 1 <= num_prompt <= limit:
+        seen = f"{num_prompt} tokens with max_tokens {max_tokens}"
+        raise InvalidInput("prompt", seen, f"must have 1 to {limit} tokens, the model's context")
+    for index, token in enumerate(spec.prompt_tokens):
+        if not 0 <= token < config.vocab_size:
+            raise InvalidInput(f"prompt[{index}]", token, f"must be 0 to {config.vocab_size - 1}")
+    room = max(1, limit - num_prompt)  # one token can always be drawn: it need not be computed on
+    max_new = room if max_tokens is None else min(max_tokens, room)
+    if num_prompt + max_new > kv_cache_tokens:
+        raise InvalidInput(
+            "sampling_params.max_tokens",
+            max_tokens,
+            f"{num_prompt} prompt tokens and up to {max_new} new ones must fit engine.kv_cache_tokens "
+            f"{kv_cache_tokens}",
+        )
+    return max_new

@@ -1,8 +1,9 @@
 """The sampler: continuous batching of every tenant's sample requests on the trainer's own decoder.
 
-A request waits in a first-come queue until the pages that it may come to need can be reserved. Its prompt is computed
-once, in chunks, as far as it is not known already; each of its continuations then decodes by itself. Each step is one
-pass over whatever there is: one token of every continuation and some chunks of prompts.
+A request waits until the pages that it may come to need can be reserved: the tenant who has the fewest rows is next,
+and of its requests the first. Its prompt is computed once, in chunks, as far as it is not known already; each of its
+continuations then decodes by itself. Each step is one pass over what the tenants have whose turn it is
+(``engine.turns``): one token of every continuation and some chunks of prompts.
 
 What a sequence gets does not depend on its neighbours: attention is its own, products are row by row, prompts are cut
 at fixed places, and a seeded draw is a function of (seed, sample index, position).
@@ -18,6 +19,7 @@ from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import chain
 from math import isfinite
+from time import perf_counter
 
 import torch
 from tokenizers import Tokenizer
@@ -30,17 +32,23 @@ from tuft.engine.failures import cancelled, engine_error
 from tuft.engine.kv_pages import KvPages, num_pages_of
 from tuft.engine.prefix_cache import CHUNK_TOKENS, Chunk, PrefixCache
 from tuft.engine.prompt_scores import PromptScores
-from tuft.engine.requests import Continuation, Request
+from tuft.engine.requests import Continuation, Request, checked_length
 from tuft.engine.sample_steps import PromptPart, SampleSteps
 from tuft.engine.sampling import StopRule, check_params
-from tuft.errors import InvalidInput, TuftError
+from tuft.engine.turns import Turns, rows_of
+from tuft.errors import TuftError
+from tuft.fairness import Costs
 from tuft.models.decoder import Decoder
 from tuft.models.decoding import PackedAdapters
 from tuft.models.lora import Adapter
 from tuft.models.paged_attention import PAGE_TOKENS
-from tuft.types import SampledSequence, SampleResult, SampleSpec
+from tuft.types import SampledSequence, SampleResult
 
 Outcome = tuple[Hashable, SampleResult | TuftError]
+
+_COSTS = Costs()
+_KEPT_FREE = 8
+"""One page in so many, where there are several tenants."""
 
 
 class Sampler:
@@ -55,7 +63,9 @@ class Sampler:
         self._waiting: deque[Request] = deque()  # some of their continuations have no place yet
         self._admitted: list[Request] = []  # first come, first here
         self._running: list[Continuation] = []  # they have their first token
-        self._batch: DecodeBatch | None = None  # those that run, None after one joined or left
+        self._turns = Turns()
+        self._batch: DecodeBatch | None = None  # those that take part, None after one joined or left
+        self._taking_part: list[Continuation] = []  # in the batch
         self._outcomes: list[Outcome] = []
 
     @cached_property
@@ -89,38 +99,12 @@ class Sampler:
         """
         config, spec = self._decoder.config, command.spec
         check_params(spec.params)
-        max_new = self._checked_length(spec)
+        max_new = checked_length(spec, config, self._settings.kv_cache_tokens)
         seed = secrets.randbits(64) if spec.params.seed is None else spec.params.seed
         stop = StopRule(spec.params.stop, config.eos_token_ids, self._tokenizer, spec.prompt_tokens)
         if self._settings.packed_decode:
             self._decoder.pack()
         self._waiting.append(Request(key, command, adapter, seed, max_new, stop, PromptScores(spec, seed)))
-
-    def _checked_length(self, spec: SampleSpec) -> int:
-        """How many tokens a sample may have. Raises InvalidInput for a prompt or a count that cannot be computed."""
-        config, num_prompt, max_tokens = self._decoder.config, len(spec.prompt_tokens), spec.params.max_tokens
-        if spec.num_samples < 1:
-            raise InvalidInput("num_samples", spec.num_samples, "must be at least 1")
-        for field, count in (("topk_prompt_logprobs", spec.scoring.topk), ("topk_sample_logprobs", spec.topk_logprobs)):
-            if not 0 <= count <= config.vocab_size:
-                raise InvalidInput(field, count, f"must be 0 to {config.vocab_size}")
-        limit = config.max_context_tokens
-        if not 1 <= num_prompt <= limit:
-            seen = f"{num_prompt} tokens with max_tokens {max_tokens}"
-            raise InvalidInput("prompt", seen, f"must have 1 to {limit} tokens, the model's context")
-        for index, token in enumerate(spec.prompt_tokens):
-            if not 0 <= token < config.vocab_size:
-                raise InvalidInput(f"prompt[{index}]", token, f"must be 0 to {config.vocab_size - 1}")
-        room = max(1, limit - num_prompt)  # one token can always be drawn: it need not be computed on
-        max_new = room if max_tokens is None else min(max_tokens, room)
-        if num_prompt + max_new > self._settings.kv_cache_tokens:
-            raise InvalidInput(
-                "sampling_params.max_tokens",
-                max_tokens,
-                f"{num_prompt} prompt tokens and up to {max_new} new ones must fit engine.kv_cache_tokens "
-                f"{self._settings.kv_cache_tokens}",
-            )
-        return max_new
 
     def step(self) -> list[Outcome]:
         """One pass: one token of every continuation and some chunks of prompts. Returns what ended."""
@@ -162,17 +146,39 @@ class Sampler:
 
     def _admit(self) -> None:
         """Give places to the continuations that wait, strictly in order: all pages that one may need are reserved, so
-        nothing that has started is ever put back."""
-        while self._waiting:
-            request = self._waiting[0]
+        nothing that has started is ever put back. Each tenant may have as many rows as a step; if there are more, they
+        take turns."""
+        full: set[str] = set()
+        while (request := self._next_waiting(full)) is not None:
             num_missing = request.spec.num_samples - request.num_started
             known = [] if request.num_started else self._known(request)
-            count = min(num_missing, self._num_free_places(request, known))
+            free_rows = self._settings.max_decode_rows - self._num_rows(request.tenant_id)
+            count = min(num_missing, free_rows, self._num_free_places(request, known))
             if count > 0:
                 self._start(request, known, count)
-            if count < num_missing:
+            if count == num_missing:
+                self._waiting.remove(request)
+            elif count == free_rows:
+                full.add(request.tenant_id)
+            else:
                 return
-            self._waiting.popleft()
+
+    def _next_waiting(self, full: set[str]) -> Request | None:
+        """The first request of the tenant who has the fewest rows, over its weight."""
+        first: dict[str, Request] = {}
+        for request in self._waiting:
+            if request.tenant_id not in full:
+                first.setdefault(request.tenant_id, request)
+
+        def order(request: Request) -> tuple[float, tuple[float, int]]:
+            return self._num_rows(request.tenant_id) / request.command.weight, self._turns.order(request.tenant_id)
+
+        return min(first.values(), key=order, default=None)
+
+    def _num_rows(self, tenant_id: str) -> int:
+        """Those that have a place."""
+        running = sum(one.request.tenant_id == tenant_id for one in self._running)
+        return running + sum(len(one.new) for one in self._admitted if one.tenant_id == tenant_id)
 
     def _known(self, request: Request) -> list[Chunk]:
         """The chunks that the prompt begins with and that need not be computed."""
@@ -193,16 +199,21 @@ class Sampler:
         return self._cache.known(request.command.cache_scope, request.adapter, before, tokens)
 
     def _num_free_places(self, request: Request, known: list[Chunk]) -> int:
-        """How many continuations of ``request`` may start now."""
+        """For how many continuations of ``request`` there are pages. Where there are several tenants, some pages are
+        for those who hold none yet."""
         started = list(chain(self._running, *(one.new for one in self._admitted)))
-        free_rows = self._settings.max_decode_rows - len(started)
         room = self._cache.num_takeable - sum(one.num_reserved for one in started)
         room -= sum(one.num_reserved for one in self._admitted)
         if not request.num_started:
             held = sum(len(chunk.pages) for chunk in known if chunk.num_holders)
             room -= num_pages_of(request.num_prompt_tokens) - held
-        each = request.pages_per_continuation
-        return min(free_rows, room // each if each else free_rows) if room >= 0 else 0
+        each = max(1, request.pages_per_continuation)
+        kept_free = 0
+        if self._turns.has_several:
+            kept_free = num_pages_of(self._settings.kv_cache_tokens) // _KEPT_FREE
+        holds_none = all(one.tenant_id != request.tenant_id for one in self._admitted)
+        count = max((room - kept_free) // each, min(1, room // each) if holds_none else 0)
+        return count if request.pages_per_continuation else request.spec.num_samples if room >= 0 else 0
 
     def _start(self, request: Request, known: list[Chunk], count: int) -> None:
         if not request.num_started:
@@ -224,9 +235,13 @@ class Sampler:
     # --- one pass -----------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        parts = self._prompt_parts()
-        if self._batch is None:
-            self._batch = DecodeBatch(self._running, self._pages, self._ops.decode, self._packed)
+        began = perf_counter()
+        tenants = self._turns.next({one.tenant_id: one.command.weight for one in self._admitted})
+        running = rows_of(tenants, self._running, self._settings.max_decode_rows)
+        parts = self._prompt_parts(tenants)
+        if self._batch is None or running != self._taking_part:
+            self._taking_part = running
+            self._batch = DecodeBatch(running, self._pages, self._ops.decode, self._packed)
         continuations = self._batch.continuations
         sources = []
         if continuations or parts:
@@ -234,8 +249,15 @@ class Sampler:
             self._take_prompts(parts, x_TD[len(continuations) :])
             sources.append(x_TD[: len(continuations)])
         adapters, origins = list(self._batch.adapters), list(range(len(continuations)))
+        costs = [(one.request.tenant_id, _COSTS.decode) for one in continuations]
+        costs += [(part.request.tenant_id, _COSTS.prefill * len(part.chunk.tokens)) for part in parts]
+        num_new = 0
         for request in self._admitted:
             if request.new and request.last_x_1D is not None:
+                if num_new and num_new + len(request.new) > self._settings.max_decode_rows:
+                    continue
+                num_new += len(request.new)
+                costs += [(request.tenant_id, _COSTS.decode)] * len(request.new)
                 sources.append(request.last_x_1D)
                 origins += [len(adapters)] * len(request.new)
                 adapters.append(request.adapter)
@@ -244,13 +266,17 @@ class Sampler:
             x_UD = torch.cat(sources) if len(sources) > 1 else sources[0]
             draws = [one.next_draw() for one in continuations]
             self._take(continuations, draw(self._decoder, self._packed, x_UD, adapters, origins, draws))
+        self._turns.end(costs, perf_counter() - began)
 
-    def _prompt_parts(self) -> list[PromptPart]:
-        """The next chunks of the prompts that came first: as many tokens as a pass may have, but only one chunk's
-        while others wait for their next token. What is computed in this step is already known to those behind."""
+    def _prompt_parts(self, tenants: Sequence[str]) -> list[PromptPart]:
+        """The next chunks of the tenants' prompts, of each those that came first: as many tokens as a pass may have,
+        but only one chunk's while others wait for their next token. What is computed in this step is already known to
+        those behind."""
         budget = CHUNK_TOKENS if self._running else max(CHUNK_TOKENS, self._settings.micro_batch_tokens)
         parts: list[PromptPart] = []
-        for request in self._admitted:
+        place = {tenant_id: number for number, tenant_id in enumerate(tenants)}
+        due = [request for request in self._admitted if request.tenant_id in place]
+        for request in sorted(due, key=lambda one: place[one.tenant_id]):
             while tokens := request.next_chunk:
                 chunk = self._found(request, request.chunks, tokens)
                 if chunk is not None:
@@ -318,6 +344,6 @@ class Sampler:
         self._admitted.remove(request)
         self._leave([one for one in self._running if one.request is request])
         self._cache.let_go(request.chunks)
-        if self._waiting and self._waiting[0] is request:
-            self._waiting.popleft()
+        if request in self._waiting:
+            self._waiting.remove(request)
         self._outcomes.append((request.key, outcome))

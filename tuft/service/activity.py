@@ -7,7 +7,8 @@ from typing import Any
 
 from tuft.engine.base import OptimStep, RunLoss
 from tuft.footprint import checkpoint_bytes
-from tuft.records import Charge, Run, SamplerInfo, UsageKey
+from tuft.metering import Charge, UsageKey
+from tuft.records import Run, SamplerInfo
 from tuft.service.calls import SaveExternal, SaveForSampler, SaveWeights
 from tuft.service.models import BaseModels
 from tuft.service.ownership import Ownership
@@ -45,9 +46,7 @@ class Activity:
             return Charge(run.base_model, {"training": work.num_tokens})
         if isinstance(work, SaveWeights | SaveExternal) or (isinstance(work, SaveForSampler) and work.name is not None):
             shapes = self._models.require(run.base_model).linear_shapes
-            num_bytes = checkpoint_bytes(
-                shapes, run.spec, run.optimizer, with_optimizer=isinstance(work, SaveWeights)
-            )
+            num_bytes = checkpoint_bytes(shapes, run.spec, run.optimizer, with_optimizer=isinstance(work, SaveWeights))
             return Charge(run.base_model, stored_bytes=num_bytes)
         return Charge(run.base_model)
 

@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 
 from tuft.records import AuditEntry, Operator, Tenant, now
-from tuft.store.audit import AuditLog
+from tuft.store.audit import AuditLog, NewEntry
 
 RESOURCES: Mapping[str, tuple[str, ...] | None] = {
     "all": None,
@@ -39,11 +39,8 @@ class Audit:
     ) -> None:
         """``event`` reads ``<resource>_<action>``; ``owner_id`` is the tenant whose thing it was, if not the actor. An
         operator is no tenant: what they do is always somebody's, who then sees it."""
-        concerned = {actor.tenant_id} if isinstance(actor, Tenant) else set()
-        if owner_id is not None:
-            concerned.add(owner_id)
-        assert concerned
-        self._log.add(concerned, now(), event, {"actor": actor.urn, **details})
+        entry = entry_of(actor, event, owner_id, details)
+        self._log.add(entry.tenant_ids, entry.at, entry.event, entry.details)
 
     def note_refusal(self, concerned_id: str, actor_urn: str, event: str, **details: str) -> None:
         """Somebody was refused what exists: seen by the tenant ``concerned_id``, unless the event is ``DENIED``."""
@@ -76,3 +73,14 @@ class Audit:
         if time.monotonic() >= self._next_sweep_s:
             self._next_sweep_s = time.monotonic() + _SWEEP_INTERVAL_S
             self._log.delete_before(now() - self._retention)
+
+
+def entry_of(
+    actor: Tenant | Operator, event: str, owner_id: str | None, details: Mapping[str, str | int | None]
+) -> NewEntry:
+    """What ``Audit.note`` writes, for those who write it together with the change."""
+    concerned = {actor.tenant_id} if isinstance(actor, Tenant) else set()
+    if owner_id is not None:
+        concerned.add(owner_id)
+    assert concerned
+    return NewEntry(frozenset(concerned), now(), event, {"actor": actor.urn, **details})

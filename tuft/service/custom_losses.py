@@ -74,9 +74,13 @@ class CustomLosses:
             raise UserError(call.message) if call.category == "user" else ServerError(call.message)
         loss_id = f"{key.subject_id}:loss:{key.seq}"
         if self._table.get(key.subject_id, loss_id) is None:
+            self._require_room(key.subject_id)
             await self._scheduler.ask(CheckCustomLoss(call.loss))
-            if self._table.count(key.subject_id) >= self._max_losses:
-                allowed = f"limits.max_custom_losses is {self._max_losses}, for one session"
-                raise QuotaExceeded(f"this session has {self._max_losses} custom losses; {allowed}")
+            self._require_room(key.subject_id)  # others may have come meanwhile
             self._table.add(tenant, key.subject_id, key.seq, loss_id, call.loss)
         return CustomLossCreated(loss_id)
+
+    def _require_room(self, session_id: str) -> None:
+        if self._table.count(session_id) >= self._max_losses:
+            allowed = f"limits.max_custom_losses is {self._max_losses}, for one session"
+            raise QuotaExceeded(f"this session has {self._max_losses} custom losses; {allowed}")

@@ -29,9 +29,10 @@ from tuft.errors import (
     TuftError,
     refusing,
 )
-from tuft.records import Charge, FutureKey, JournaledFuture, Outcome, Tenant, UsageKey, now
+from tuft.metering import Charge, UsageKey
+from tuft.records import FutureKey, JournaledFuture, Outcome, Tenant, now
 from tuft.service.quotas import Quotas
-from tuft.store.journal import Accepted, Journal, Note, Settled
+from tuft.store.journal import Accepted, Flushed, Journal, Note, Settled
 from tuft.store.journal_writer import JournalWriter
 from tuft.types import Failure, FutureResult
 
@@ -39,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 Settlement = FutureResult | Failure
 _MAX_FORGOTTEN_AT_ONCE = 1000
+_MAX_WRITING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Futures:
         self._num_cached_bytes = 0
         self._delivered: set[str] = set()
         self._epoch_s = 0.0
+        self._unwritten: set[asyncio.Future[None]] = set()
         self._is_closing = False
 
     def start(self) -> list[JournaledFuture]:
@@ -197,11 +200,22 @@ class Futures:
             num_bytes = len(content)
             return Settled(future_id, _outcome(result), content, forget_at_s, usage or {})
 
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
+        self._unwritten.add(written)
+
         def journaled(error: StorageError | None) -> None:
+            self._unwritten.discard(written)
+            written.set_result(None)
             if error is None and future_id in self._entries:  # one that the journal refuses for good stays in memory
                 self._cache(future_id, num_bytes)
 
-        self._writer.submit(make, partial(_tell, asyncio.get_running_loop(), journaled))
+        self._writer.submit(make, partial(_tell, loop, journaled))
+
+    async def written(self) -> None:
+        """What has settled until now is in the journal and in the ledger; or the database has kept us too long."""
+        if self._unwritten:
+            await asyncio.wait(set(self._unwritten), timeout=_MAX_WRITING_S)
 
     async def write(self, make: Callable[[], Note]) -> None:
         """The note is in the journal, behind all that were given before. Raises StorageError."""
@@ -216,16 +230,18 @@ class Futures:
         if (error := await written) is not None:
             raise error
 
+    async def flush(self) -> None:
+        """All results so far are in the journal."""
+        await self.write(Flushed)
+
     # --- the client's side --------------------------------------------------------------------------------------------
 
     async def wait(self, tenant: Tenant, future_id: str, hold_s: float) -> Settlement | Pending:
         """The result, or Pending after ``hold_s`` seconds. Raises Gone for an id that is unknown, another tenant's,
         or no longer kept."""
-        entry = self._entries.get(future_id)
+        entry = self._own(tenant, future_id)
         if entry is None:
             return await self._kept(tenant, future_id)
-        if entry.tenant_id != tenant.tenant_id:
-            raise _gone(future_id)
         if entry.result is None and not self._is_closing:
             waiter = asyncio.get_running_loop().create_future()
             entry.waiters.append(waiter)
@@ -245,12 +261,10 @@ class Futures:
     def cancel(self, tenant: Tenant, future_id: str) -> None:
         """End a future's work; one that is settled stays as it is. Raises Gone like ``wait``, InvalidInput for work
         that cannot be ended."""
-        entry = self._entries.get(future_id)
+        entry = self._own(tenant, future_id)
         if entry is None:
             self._owned(tenant, future_id)
             return
-        if entry.tenant_id != tenant.tenant_id:
-            raise _gone(future_id)
         if entry.result is not None:
             return
         if entry.cancel is None:
@@ -351,9 +365,14 @@ class Futures:
 
     def _owned(self, tenant: Tenant, future_id: str) -> JournaledFuture:
         known = self._journal.future(future_id)
-        if known is None or known.tenant_id != tenant.tenant_id:
+        if known is None or not tenant.owns(known):
             raise _gone(future_id)
         return known
+
+    def _own(self, tenant: Tenant, future_id: str) -> _Entry | None:
+        """In memory. Another tenant's is not: it is looked for in the journal, like one that does not exist."""
+        entry = self._entries.get(future_id)
+        return entry if entry is not None and tenant.owns(entry) else None
 
     def _read(self, future_id: str, content: Literal["request", "result"]) -> Any:
         return self._encoding.decode(self._journal.content(future_id, content))
@@ -396,7 +415,7 @@ async def outcome(work: Awaitable[FutureResult]) -> Settlement:
         return failure(error)
     except Exception as error:  # the boundary: a bug fails this one operation, never the loop
         log.exception("internal error")
-        return failure(ServerError(f"internal error: {type(error).__name__}: {error}"))
+        return failure(ServerError(f"internal error: {type(error).__name__}; the server's log says more"))
 
 
 def _outcome(result: Settlement) -> Outcome:
@@ -404,4 +423,4 @@ def _outcome(result: Settlement) -> Outcome:
 
 
 def failure(error: TuftError) -> Failure:
-    return Failure(str(error), "user" if error.category == "user" else "server", error.refused)
+    return Failure(error.told, "user" if error.category == "user" else "server", error.refused)

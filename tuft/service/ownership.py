@@ -2,9 +2,9 @@
 
 Services find a tenant's things by queries that have the tenant among their conditions (``store.ownership``), and refuse
 what was not found: nobody's id and another tenant's alike (``errors.refusing``). Every such refusal is told here by
-whoever makes an answer of it: ``api.http`` of those that become a status, ``activity`` of those that fail a future. Only
-here is it asked whether the thing exists: later and beside all requests, so that neither an answer nor its time can
-tell. If it is another tenant's, the audit log gets a row.
+whoever makes an answer of it: ``api.refusals`` of those that become a status, ``activity`` of those that fail a future.
+Only here is it asked whether the thing exists: later and beside all requests, so that neither an answer nor its time
+can tell. If it is another tenant's, the audit log gets a row.
 """
 
 from __future__ import annotations

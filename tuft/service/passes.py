@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tuft.engine.base import RunLoss
+from tuft.service.forecast import Rate
 from tuft.service.queue import MayStart, OperationQueue, Part
 
 MAX_PASSES = 2
@@ -35,6 +36,7 @@ class EnginePasses:
         self._queue = queue
         self._passes: list[Pass] = []
         self._last_end_s = 0.0
+        self.rate = Rate()  # cost that the engine trains a second, sampling in between included
 
     def next(self, may_start: MayStart, now_s: float) -> tuple[list[Part], Pass | None]:
         """What to send now, and the pass that its losses belong to; no parts if that is all for now."""
@@ -50,26 +52,24 @@ class EnginePasses:
             return self._filled(between, parts, now_s, len(self._passes) - 1)
         return self._filled(last, self._queue.take(pass_tokens - last.num_rows, may_start), now_s)
 
-    def answered(self, one: Pass, now_s: float) -> tuple[float, float] | None:
-        """One part of it is. At its end: what it cost, and for how many seconds the engine had it and no other."""
+    def answered(self, one: Pass, now_s: float) -> None:
+        """One part of it is."""
         one.num_unanswered -= 1
-        if one.num_unanswered:
-            return None
-        self._passes.remove(one)
-        busy_s = now_s - max(one.sent_s, self._last_end_s)
-        self._last_end_s = now_s
-        return one.cost, busy_s
+        if not one.num_unanswered:
+            self._passes.remove(one)
+            self.rate.observe(one.cost, now_s - max(one.sent_s, self._last_end_s))
+            self._last_end_s = now_s
 
     @property
     def num_with_engine(self) -> int:
         return len(self._passes)
 
-    def remaining_cost(self, rate_per_s: float, now_s: float) -> float:
-        """What the engine has still to compute of all passes, if it does ``rate_per_s`` a second."""
+    def remaining_cost(self, now_s: float) -> float:
+        """What the engine has still to compute of all passes, about."""
         if not self._passes:
             return 0.0
         first = self._passes[0]
-        done = rate_per_s * (now_s - max(first.sent_s, self._last_end_s))
+        done = (self.rate.value or 0.0) * (now_s - max(first.sent_s, self._last_end_s))
         return max(0.0, first.cost - done) + sum(one.cost for one in self._passes[1:])
 
     def _filled(

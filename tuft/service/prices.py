@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tuft.config import PricesSection
-from tuft.records import COSTS_A_UNIT, Charge, cost_of, rate_of
+from tuft.metering import COSTS_A_UNIT, Charge, cost_of, rate_of
 
 _OPTIONS: Mapping[str, str] = {
     "training": "train",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import inf
@@ -23,6 +23,7 @@ from tuft.engine.base import OptimStep, RunLoss
 from tuft.fairness import Costs, VirtualCounters
 from tuft.prefixes import cut
 from tuft.service.calls import Call
+from tuft.service.forecast import Arrivals
 from tuft.types import Failure
 
 Work = RunLoss | OptimStep | Call
@@ -74,6 +75,19 @@ class Part:
     @property
     def is_last(self) -> bool:
         return not isinstance(self.work, RunLoss) or self.work.is_last
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an operation stands: ``running`` with all its parts, ``in line``, ``behind`` a barrier of its run, or
+    ``early``, with ``awaited_seq`` missing before it. ``cost``: of what has not started; ``arrival``: its place among
+    its tenant's."""
+
+    operation: Operation
+    state: str
+    cost: float
+    arrival: int | None
+    awaited_seq: int | None
 
 
 @dataclass(slots=True)
@@ -173,6 +187,7 @@ class OperationQueue:
         self.pass_tokens = pass_tokens
         self.counters = counters or VirtualCounters()
         self.costs = costs or Costs()
+        self.arrivals = Arrivals()
         self._lanes: dict[str, _Lane] = {}
         self._arrivals = count()
 
@@ -218,6 +233,7 @@ class OperationQueue:
         """Queue it; early seqs are parked."""
         lane = self._lanes[operation.run_id]
         lane.parked[operation.seq] = _Waiting(operation)
+        self.arrivals.note(operation.tenant_id, self._cost_of(operation, operation.num_rows), now_s)
         progressed = lane.admit_parked()
         self._release(lane)
         if not lane.parked:
@@ -315,8 +331,27 @@ class OperationQueue:
 
     def cost(self, part: Part) -> float:
         """What a part of a loss is charged."""
-        assert isinstance(part.work, RunLoss)
-        return part.num_rows * (self.costs.forward_backward if part.work.backward else self.costs.forward)
+        return self._cost_of(part.operation, part.num_rows)
+
+    def _cost_of(self, operation: Operation, num_rows: int) -> float:
+        is_forward = isinstance(operation.work, RunLoss) and not operation.work.backward
+        return num_rows * (self.costs.forward if is_forward else self.costs.forward_backward)
+
+    def places(self) -> Iterator[Place]:
+        """All operations that have not ended, the runs' one after the other, each run's in order."""
+        for lane in self._lanes.values():
+            released = set(map(id, lane.released))
+            with_engine = [one for one in lane.started.values() if id(one) not in released]
+            gap = None if not lane.parked else lane.next_seq
+            for state, some, awaited in (
+                ("running", with_engine, None),
+                ("in line", lane.released, None),
+                ("behind", lane.behind, None),
+                ("early", lane.parked.values(), gap),
+            ):
+                for one in some:
+                    arrival = None if state in ("behind", "early") else one.arrival
+                    yield Place(one.operation, state, self._cost_of(one.operation, one.num_rows), arrival, awaited)
 
     def _release(self, lane: _Lane) -> None:
         """Let all up to the next barrier have their turn. What waits for its own lane's barrier is as if it had not

@@ -18,7 +18,8 @@ import structlog
 from tuft.config import Config
 from tuft.errors import CapReached, QuotaExceeded, StorageError
 from tuft.footprint import resident_bytes
-from tuft.records import COSTS_A_UNIT, QUOTA_NAMES, Charge, Holder, QuotaName, Run, Tenant, UsageKey, cost_of, now
+from tuft.metering import COSTS_A_UNIT, QUOTA_NAMES, Charge, Holder, QuotaName, UsageKey, cost_of
+from tuft.records import Run, Tenant, now
 from tuft.service.models import BaseModels
 from tuft.service.prices import Prices
 from tuft.store.quotas import QuotaTable

@@ -29,7 +29,7 @@ from tuft.store.journal import Journal
 
 log = structlog.get_logger(__name__)
 
-_PAUSE_S = 0.5
+_PAUSE_S, _POLL_S = 0.5, 0.01
 _MAX_REPLAYED_AT_ONCE = 8
 """Operations with the engine at a time while a run is computed anew."""
 _SWEEP_INTERVAL_S = 0.25
@@ -58,6 +58,7 @@ class Residency:
         self._max_bytes = max_bytes
         self._runs: dict[str, Run] = {}  # those that are open
         self._generations: OrderedDict[str, int] = OrderedDict()  # run -> engine generation; least used first
+        self._leaving: set[str] = set()
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
         self.lose: Callable[[Run, RunLost], None]
@@ -80,7 +81,7 @@ class Residency:
         self._generations.move_to_end(run_id)
 
     def is_resident(self, run_id: str) -> bool:
-        if self._generations.get(run_id) != self._engine.generation:
+        if not self._is_here(run_id) or run_id in self._leaving:
             return False
         self._generations.move_to_end(run_id)
         return True
@@ -90,21 +91,22 @@ class Residency:
 
     @property
     def num_resident(self) -> int:
-        return sum(generation == self._engine.generation for generation in self._generations.values())
+        return sum(map(self._is_here, self._generations))
 
     def bring(self, run_id: str) -> None:
         if run_id in self._runs and run_id not in self._bringing:
-            task = asyncio.get_running_loop().create_task(self._bring(run_id))
-            task.add_done_callback(lambda _: self._bringing.pop(run_id, None))
-            self._bringing[run_id] = task
+            self._bringing[run_id] = asyncio.get_running_loop().create_task(self._bring(run_id))
 
     async def make_room(self, run: Run) -> None:
-        """Have the least used runs leave until there is memory for ``run``, as far as any can."""
-        for run_id in list(self._generations):
-            if sum(map(self._bytes, {*self._generations, run.run_id})) <= self._max_bytes:
+        """Have the least used runs leave until there is memory for ``run``. One that computes stays until it has."""
+        while sum(map(self._bytes, {*self._generations, run.run_id})) > self._max_bytes:
+            others = [run_id for run_id in self._generations if run_id != run.run_id]
+            leaving = next((run_id for run_id in others if not self._scheduler.is_running(run_id)), None)
+            if leaving is not None and not await self._leave(leaving):
+                return  # the disk does not take it: rather too much memory than a run that is gone
+            if not others:
                 return
-            if run_id != run.run_id and self._scheduler.is_idle(run_id):
-                await self._leave(run_id)
+            await asyncio.sleep(_POLL_S)
 
     async def serve(self) -> None:
         """Write snapshots when they are due; runs until cancelled."""
@@ -113,7 +115,7 @@ class Residency:
             run_id = self._snapshots.due()
             if run_id is None:
                 continue
-            if run_id not in self._runs or self._generations.get(run_id) != self._engine.generation:
+            if run_id not in self._runs or not self._is_here(run_id):
                 self._snapshots.unchanged(run_id)
                 continue
             began_s = time.monotonic()
@@ -138,28 +140,40 @@ class Residency:
     # --- in and out ---------------------------------------------------------------------------------------------------
 
     async def _bring(self, run_id: str) -> None:
-        run = self._runs[run_id]
         try:
             async with self._turn:  # one after the other: each is ready soonest, and memory is counted
                 while self._scheduler.is_running(run_id):  # what the last engine held is being put back
-                    await asyncio.sleep(0.01)
-                await self.make_room(run)
-                generation = self._engine.generation
-                await self._restore(run)
-                if run_id in self._runs:
-                    self.placed(run_id, generation)
+                    await asyncio.sleep(_POLL_S)
+                run = self._runs.get(run_id)
+                if run is not None and not self._is_here(run_id):
+                    await self._place(run)
         except EngineDied:
             await asyncio.sleep(_PAUSE_S)
-        except TuftError as error:
+        except Damaged as error:
             text = f"run {run_id} cannot be brought back: {error}; load_state(path) of a checkpoint goes on from there"
             log.error("run lost", run=run_id, error=str(error))
-            self.lose(run, RunLost(text))
-        self._bringing.pop(run_id, None)
+            self.lose(self._runs.pop(run_id), RunLost(text))
+        except TuftError as error:  # the disk or the database may do better soon, or the next server has the model
+            log.error("a run cannot be brought back yet", run=run_id, error=str(error))
+            await asyncio.sleep(_PAUSE_S)
+        finally:
+            del self._bringing[run_id]
         self._scheduler.dispatch()
+
+    async def _place(self, run: Run) -> None:
+        await self.make_room(run)
+        generation = self._engine.generation
+        async with self._snapshots.holding(run.run_id):
+            await self._restore(run)
+        if run.run_id in self._runs:
+            self.placed(run.run_id, generation)
+        else:  # ended meanwhile
+            self._engine.submit([DropAdapter(run.run_id)])
 
     async def _restore(self, run: Run) -> None:
         """Raises TuftError."""
         began_s = time.monotonic()
+        await self._futures.flush()  # a result that was not journaled yet would not be computed again
         snapshot = await asyncio.to_thread(self._journal.snapshot, run.run_id)
         entries = await asyncio.to_thread(self._journal.of_run, run.run_id, -1 if snapshot is None else snapshot.seq)
         done = [entry for entry in entries if entry.outcome == "ok"]
@@ -198,18 +212,27 @@ class Residency:
             self._snapshots.changed(run.run_id)
         return num_replayed
 
-    async def _leave(self, run_id: str) -> None:
-        """Have an idle run leave the engine. It stays if it cannot be written down."""
-        run = self._runs[run_id]
+    async def _leave(self, run_id: str) -> bool:
+        """Have a run leave the engine. False if it cannot be written down."""
+        run = self._runs.get(run_id)
+        self._leaving.add(run_id)  # nothing of it starts meanwhile
         try:
-            if self.is_resident(run_id) and not self._snapshots.is_current(run_id):
+            if run is not None and self._is_here(run_id) and not self._snapshots.is_current(run_id):
                 await self._snapshots.take(run)
+        except EngineDied:
+            return True  # and so it has left
         except TuftError as error:
             log.error("a run cannot leave the engine", run=run_id, error=str(error))
-            return
-        if self._scheduler.is_idle(run_id) and self._snapshots.is_current(run_id):
+            return False
+        finally:
+            self._leaving.discard(run_id)
+        if not self._scheduler.is_running(run_id) and self._snapshots.is_current(run_id):
             self._generations.pop(run_id, None)
             self._engine.submit([DropAdapter(run_id)])
+        return True
+
+    def _is_here(self, run_id: str) -> bool:
+        return self._generations.get(run_id) == self._engine.generation
 
     def _bytes(self, run_id: str) -> int:
         run = self._runs.get(run_id)

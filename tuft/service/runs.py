@@ -180,7 +180,7 @@ class Runs:
     def get(self, tenant: Tenant, run_id: str) -> Run:
         """The tenant's run of that id; raises NotFound."""
         run = self._open.get(run_id)
-        if run is None or run.tenant_id != tenant.tenant_id:
+        if run is None or not tenant.owns(run):
             run = self._catalog.run(tenant, run_id)
         if run is None:
             raise _unknown(run_id)

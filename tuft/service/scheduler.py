@@ -18,7 +18,8 @@ import structlog
 
 from tuft.engine.base import Command, Engine, OptimStep, RunLoss
 from tuft.errors import EngineDied, QuotaExceeded, RunLost, TuftError, UserError
-from tuft.records import NOTHING, Charge, FutureKey, Run, Tenant
+from tuft.metering import NOTHING, Charge
+from tuft.records import FutureKey, Run, Tenant
 from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
 from tuft.service.futures import Futures, Settlement, failure, outcome
@@ -32,7 +33,7 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-_SWEEP_INTERVAL_S = 1.0
+_SWEEP_INTERVAL_S = 0.25
 MAX_DEATHS = 5
 """An operation that this many engines have died with is taken for the reason."""
 _IN_THREAD_TOKENS = 2048
@@ -71,6 +72,7 @@ class Scheduler:
         self._seq_gap_timeout_s = seq_gap_timeout_s
         self._max_held_bytes = held_bytes
         self._held: dict[str, int] = {}  # future -> bytes of its request in memory
+        self._num_held_bytes = 0
         self._queue = OperationQueue()
         self._passes = EnginePasses(self._queue)
         self._spans: dict[str, Span] = {}  # of futures that are not settled yet
@@ -240,6 +242,7 @@ class Scheduler:
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             self._sweep()
+            self.dispatch()  # the engine may have become ready
             await self._pass_over_refused()
 
     async def drain(self, timeout_s: float) -> bool:
@@ -260,10 +263,11 @@ class Scheduler:
             self._settle(operation, Failure(message, "user"))
             return
         if operation.is_loss:
-            if sum(self._held.values()) + num_bytes > self._max_held_bytes:
+            if self._num_held_bytes + num_bytes > self._max_held_bytes:
                 operation.work = None
             else:
                 self._held[operation.future_id] = num_bytes
+                self._num_held_bytes += num_bytes
         self._queue.put(operation, time.monotonic())
         self.dispatch()
 
@@ -362,7 +366,7 @@ class Scheduler:
             self._settle(operation, settled)
 
     def _settle(self, operation: Operation, result: Settlement) -> None:
-        self._held.pop(operation.future_id, None)
+        self._num_held_bytes -= self._held.pop(operation.future_id, 0)
         if isinstance(result, Failure):
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
         elif isinstance(operation.work, OptimStep) or (isinstance(operation.work, RunLoss) and operation.work.backward):

@@ -80,6 +80,14 @@ class Sessions:
             raise refusing("session", session_id, NotFound(f"session_id: {session_id!r} is unknown"))
         return session
 
+    def missing(self, tenant: Tenant, session_id: str) -> NotFound | None:
+        """What ``find`` would raise of an accessible one."""
+        try:
+            self.find(tenant, session_id, accessible=True)
+        except NotFound as error:
+            return error
+        return None
+
     def signed_for(self, session_id: str) -> Session:
         """Whoever owns it, for the holder of a link that is signed. Raises NotFound."""
         session = self._catalog.get(session_id)

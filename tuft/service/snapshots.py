@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
 
@@ -41,10 +43,12 @@ class Snapshots:
         self._interval_s = interval_s
         self._changed_at_s: dict[str, float] = {}  # runs, and when they first changed since their snapshot
         self._next_at_s = 0.0
+        self._locks: dict[str, asyncio.Lock] = {}
 
     def start(self) -> None:
         """Delete what an earlier server left behind."""
         sweep(self._root)
+        self._journal.drop_ended_snapshots()
         named = self._journal.snapshot_directories()
         for path in self._root.glob("*/*"):
             directory = str(path.relative_to(self._root))
@@ -83,18 +87,29 @@ class Snapshots:
 
     async def write(self, run: Run, seq: int, state: AdapterState) -> None:
         """``state`` is the run's after all operations up to ``seq``, whose results were given to the journal before:
-        those stand there first."""
-        before = self._journal.snapshot(run.run_id)
+        those stand there first. Raises StorageError."""
         directory = f"{run.run_id}/{seq}-{token_hex(4)}"
         written = await asyncio.to_thread(write_adapter, self._root, directory, state, run.base_model)
         note = Snapshotted(Snapshot(run.run_id, seq, directory, written.size_bytes, written.digest))
-        try:
-            await self._futures.write(lambda: note)
-        except StorageError:
-            await asyncio.to_thread(delete_adapter, self._root, directory)
-            raise
-        if before is not None:
-            await asyncio.to_thread(delete_adapter, self._root, before.directory)
+        async with self.holding(run.run_id):
+            before = self._journal.snapshot(run.run_id)
+            if before is not None and before.seq > seq:  # a load was faster
+                await asyncio.to_thread(delete_adapter, self._root, directory)
+                return
+            try:
+                await self._futures.write(lambda: note)
+            except StorageError:
+                await asyncio.to_thread(delete_adapter, self._root, directory)
+                raise
+            if before is not None:
+                await asyncio.to_thread(delete_adapter, self._root, before.directory)
+
+    @asynccontextmanager
+    async def holding(self, run_id: str) -> AsyncIterator[None]:
+        """Meanwhile the run's snapshot stays the one it is, and the operations behind it stay in the journal."""
+        lock = self._locks.setdefault(run_id, asyncio.Lock())
+        async with lock:
+            yield
 
     def due(self) -> str | None:
         """The run whose turn it is to be written down, if one's is."""
@@ -115,6 +130,7 @@ class Snapshots:
 
     def forget(self, run_id: str) -> None:
         """The run has ended."""
+        self._locks.pop(run_id, None)
         self._changed_at_s.pop(run_id, None)
         directory = self._journal.drop_snapshot(run_id)
         if directory is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from secrets import token_hex, token_urlsafe
@@ -16,7 +17,8 @@ import jwt
 from tuft.config import ALL_SCOPES, API_KEY_PREFIX, USER_SCOPES, Scope
 from tuft.errors import Forbidden, InvalidInput, InvalidToken, NotFound, Unauthorized
 from tuft.records import ApiKey, Operator, Tenant, TenantSummary, now, valid_name
-from tuft.service.audit import Audit
+from tuft.service.audit import Audit, entry_of
+from tuft.store.audit import NewEntry
 from tuft.store.tenants import TenantCatalog
 
 DEFAULT_TENANT = "default"
@@ -36,6 +38,7 @@ _READ_EVERY_S = 0.5
 _WRITE_EVERY_S = 60.0
 _NOTE_EVERY_S = 3600.0
 
+Told = Mapping[str, str | int | None]
 By = ApiKey | Operator
 """Who changes tenants and keys: whoever has an admin's key, or the machine's own operator."""
 
@@ -109,7 +112,7 @@ class Tenants:
         issued_at = int(time.time())
         ends_at = issued_at + _TOKEN_LIFETIME_S
         if key.expires_at is not None:
-            ends_at = min(ends_at, int(key.expires_at.timestamp()))
+            ends_at = min(ends_at, math.ceil(key.expires_at.timestamp()))
         who = {"sub": key.tenant.urn, "org_id": ORGANIZATION, "email": ""}
         claims = {"iss": _ISSUER, **who, "iat": issued_at, "exp": ends_at, "key": key.key_id}
         return jwt.encode(claims, self._secret, _JWT_ALGORITHM)
@@ -124,14 +127,14 @@ class Tenants:
 
     def stored(self, key: str) -> ApiKey:
         """What the database has of the key, whether it still opens the door or not. Raises NotFound."""
-        found = self._catalog.key(_hash(key))
+        found = self._catalog.key(key_id_of(key))
         if found is None:
             raise NotFound(f"key: …{key[-4:]} is none that was made here")
         return found
 
     def knows(self, key: str) -> bool:
         """Whether the database has the key, and it opens the door."""
-        found = self._catalog.key(_hash(key))
+        found = self._catalog.key(key_id_of(key))
         return found is not None and found.state(now()) == "valid"
 
     def has_keys(self) -> bool:
@@ -150,7 +153,9 @@ class Tenants:
         """A new key for the tenant of that name, who is made if unknown; without ``lifetime_s`` it does not expire. It
         is returned here and never again. Raises InvalidInput."""
         _check(name, scopes, lifetime_s)
-        return self._mint(self._ensure(tenant_name, by), name, scopes, lifetime_s, by, "create")
+        secret, key = _made(self._ensure(tenant_name, by), name, scopes, lifetime_s)
+        self._catalog.add_key(key, _entry(by, "key_create", key.tenant, _told_new(key)))
+        return secret
 
     def find_key(self, number: int) -> ApiKey:
         """The key that the API calls by that number. Raises NotFound."""
@@ -173,8 +178,7 @@ class Tenants:
     def revoke(self, key: ApiKey, by: By) -> None:
         """From now on nobody is let in with the key. Raises Forbidden for one that the configuration gives."""
         self._must_be_stored(key)
-        if self._catalog.revoke_key(key.key_id, now()):
-            self._note(by, "key_revoke", key.tenant, **_told(key))
+        self._catalog.revoke_key(key.key_id, now(), _entry(by, "key_revoke", key.tenant, _told(key)))
         self._known.clear()
 
     def rotate(self, key: ApiKey, grace_s: float, by: By) -> str:
@@ -188,8 +192,10 @@ class Tenants:
             raise InvalidInput("key", key.number, f"is {state}: create another")
         assert key.created_at is not None
         lifetime = None if key.expires_at is None else (key.expires_at - key.created_at).total_seconds()
-        secret = self._mint(key.tenant, key.name, key.scopes, lifetime, by, "rotate", replaces=key.number)
-        self._catalog.end_key(key.key_id, moment + timedelta(seconds=grace_s))
+        secret, new = _made(key.tenant, key.name, key.scopes, lifetime)
+        told = {**_told_new(new), "replaces": key.number}
+        ends_at = moment + timedelta(seconds=grace_s)
+        self._catalog.replace_key(key.key_id, ends_at, new, _entry(by, "key_rotate", key.tenant, told))
         self._known.clear()
         return secret
 
@@ -218,15 +224,13 @@ class Tenants:
         tenant = self.named(name)
         if isinstance(by, ApiKey) and by.tenant == tenant:
             raise Forbidden(f"tenant: {name!r} is your own; `tuft tenant suspend` on the server's machine can do it")
-        if self._catalog.set_suspended(tenant, now()):
-            self._note(by, "tenant_suspend", tenant)
+        self._catalog.set_suspended(tenant, now(), _entry(by, "tenant_suspend", tenant))
         self._known.clear()
 
     def resume(self, name: str, by: By) -> None:
         """Raises NotFound."""
         tenant = self.named(name)
-        if self._catalog.set_suspended(tenant, None):
-            self._note(by, "tenant_resume", tenant)
+        self._catalog.set_suspended(tenant, None, _entry(by, "tenant_resume", tenant))
         self._known.clear()
 
     # --- housekeeping -------------------------------------------------------------------------------------------------
@@ -234,21 +238,21 @@ class Tenants:
     def sweep(self) -> None:
         """Note which keys were refused and why, once an hour each, and now and then when keys were used."""
         moment_s = time.monotonic()
-        refused, self._refused = self._refused, {}
-        for (key_id, reason), key in refused.items():
+        for (key_id, reason), key in list(self._refused.items()):
             if moment_s >= self._noted_s.get((key_id, reason), 0.0):
-                self._noted_s[key_id, reason] = moment_s + _NOTE_EVERY_S
                 self._audit.note(key.tenant, "key_refuse", key.tenant.tenant_id, **_told(key), reason=reason)
+                self._noted_s[key_id, reason] = moment_s + _NOTE_EVERY_S
+            del self._refused[key_id, reason]  # not before it is written: the database may refuse today
         if moment_s >= self._next_flush_s:
-            self._next_flush_s = moment_s + _WRITE_EVERY_S
             self.flush()
+            self._next_flush_s = moment_s + _WRITE_EVERY_S
 
     def flush(self) -> None:
         """Write when each key was used last."""
-        used, self._used = self._used, {}
-        stored = {key_id: moment for key_id, moment in used.items() if key_id not in self._configured}
+        stored = {key_id: moment for key_id, moment in self._used.items() if key_id not in self._configured}
         if stored:
             self._catalog.note_use(stored)
+        self._used.clear()
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -260,7 +264,7 @@ class Tenants:
         """Of a configured key its keyed hash, of any other its plain one."""
         keyed = self._keyed_hash(key)
         same = [key_id for key_id in self._configured if hmac.compare_digest(key_id, keyed)]
-        return same[0] if same else _hash(key)
+        return same[0] if same else key_id_of(key)
 
     def _id_in_token(self, token: str) -> str:
         try:
@@ -293,41 +297,14 @@ class Tenants:
     def _keyed_hash(self, key: str) -> str:
         return hmac.digest(self._secret, _bytes(key), hashlib.sha256).hex()
 
-    def _mint(
-        self,
-        tenant: Tenant,
-        name: str,
-        scopes: Sequence[Scope],
-        lifetime_s: float | None,
-        by: By,
-        action: str,
-        **details: str | int | None,
-    ) -> str:
-        secret = API_KEY_PREFIX + token_urlsafe(32)
-        moment = now()
-        expires_at = None if lifetime_s is None else moment + timedelta(seconds=lifetime_s)
-        key = ApiKey(_hash(secret), tenant, secret[-4:], moment, name, _scopes(scopes), expires_at)
-        self._catalog.add_key(key)
-        told = {**_told(key), "scopes": " ".join(key.scopes), **details}
-        self._note(by, f"key_{action}", tenant, **told)
-        return secret
-
     def _must_be_stored(self, key: ApiKey) -> None:
         if key.key_id in self._configured:
             raise Forbidden("this API key is given by the server's configuration; it ends when it is taken out there")
 
     def _ensure(self, name: str, by: By) -> Tenant:
         """The tenant of that name, who is made if unknown."""
-        tenant, is_new = self._catalog.ensure_tenant(Tenant(f"tenant-{token_hex(8)}", _name(name, "tenant")))
-        if is_new:
-            self._note(by, "tenant_create", tenant)
-        return tenant
-
-    def _note(self, by: By, event: str, tenant: Tenant, **details: str | int | None) -> None:
-        told = {**details, "tenant": tenant.name}
-        if isinstance(by, ApiKey):
-            told["by_key"] = by.number
-        self._audit.note(by.tenant if isinstance(by, ApiKey) else by, event, tenant.tenant_id, **told)
+        tenant = Tenant(f"tenant-{token_hex(8)}", _name(name, "tenant"))
+        return self._catalog.ensure_tenant(tenant, _entry(by, "tenant_create", tenant))[0]
 
 
 def _unknown(credential: str) -> Unauthorized:
@@ -358,13 +335,33 @@ def _scopes(scopes: Sequence[Scope]) -> tuple[Scope, ...]:
     return tuple(scope for scope in ALL_SCOPES if scope in scopes)
 
 
-def _told(key: ApiKey) -> dict[str, str | int | None]:
+def _made(tenant: Tenant, name: str, scopes: Sequence[Scope], lifetime_s: float | None) -> tuple[str, ApiKey]:
+    """A new key, and what is kept of it."""
+    secret = API_KEY_PREFIX + token_urlsafe(32)
+    moment = now()
+    expires_at = None if lifetime_s is None else moment + timedelta(seconds=lifetime_s)
+    return secret, ApiKey(key_id_of(secret), tenant, secret[-4:], moment, name, _scopes(scopes), expires_at)
+
+
+def _entry(by: By, event: str, tenant: Tenant, told: Told | None = None) -> NewEntry:
+    details: Told = {**(told or {}), "tenant": tenant.name}
+    if isinstance(by, ApiKey):
+        return entry_of(by.tenant, event, tenant.tenant_id, {**details, "by_key": by.number})
+    return entry_of(by, event, tenant.tenant_id, details)
+
+
+def _told_new(key: ApiKey) -> Told:
+    return {**_told(key), "scopes": " ".join(key.scopes)}
+
+
+def _told(key: ApiKey) -> Told:
     """What the audit log says of a key."""
-    told: dict[str, str | int | None] = {"key_number": key.number, "hint": f"…{key.hint}"}
+    told: Told = {"key_number": key.number, "hint": f"…{key.hint}"}
     return {**told, "key_name": key.name} if key.name else told
 
 
-def _hash(key: str) -> str:
+def key_id_of(key: str) -> str:
+    """Of a key that was made here."""
     return hashlib.sha256(_bytes(key)).hexdigest()
 
 

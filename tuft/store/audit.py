@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import delete, func, insert, or_, select
+from sqlalchemy import Connection, delete, func, insert, or_, select
 
 from tuft.records import AuditEntry
 from tuft.store import tables
 from tuft.store.db import Database
+
+
+@dataclass(frozen=True, slots=True)
+class NewEntry:
+    """What is to be written, once for each tenant that it concerns."""
+
+    tenant_ids: frozenset[str]
+    at: datetime
+    event: str
+    details: Mapping[str, str | int | None]
+
+    def write(self, connection: Connection) -> None:
+        """In the transaction of the change that it tells of: there is neither without the other."""
+        rows = [
+            {"tenant_id": tenant_id, "at": self.at, "event": self.event, "details": dict(self.details)}
+            for tenant_id in self.tenant_ids
+        ]
+        connection.execute(insert(tables.audit_log), rows)
 
 
 class AuditLog:

@@ -87,13 +87,13 @@ def sha256(path: Path) -> str:
 
 def _manifest(root: Path, stored: Stored) -> dict[str, Any]:
     path = root / stored.directory
+    is_older = stored.digest is None and not (path / MANIFEST).exists()
+    if is_older and any((path / f"{COMPLETE}{suffix}").exists() for suffix in ("", SUFFIX)):
+        return {}
+    _size(path / MANIFEST, stored)
     try:
         with (path / MANIFEST).open("rb") as file:
             content = file.read(_MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        if stored.digest is None and any((path / f"{COMPLETE}{suffix}").exists() for suffix in ("", SUFFIX)):
-            return {}
-        raise _unreadable(root, stored, MANIFEST, error) from error
     except OSError as error:
         raise _unreadable(root, stored, MANIFEST, error) from error
     if stored.digest is not None and hashlib.sha256(content).hexdigest() != stored.digest:
@@ -103,6 +103,8 @@ def _manifest(root: Path, stored: Stored) -> dict[str, Any]:
         entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
         if any("/" in name or name.startswith(".") for name, _, _ in entries):
             raise ValueError("a file's name is not plain")
+        if not {ADAPTER, f"{ADAPTER}{SUFFIX}"} & manifest["files"].keys():
+            raise ValueError("it names no adapter")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{_named(stored, MANIFEST)} is damaged: {error}") from error
     assert isinstance(manifest, dict)

@@ -11,7 +11,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert, select, update
 
-from tuft.records import Charge, FutureKey, FutureKind, JournaledFuture, Outcome, Snapshot, UsageKey, now
+from tuft.metering import Charge, UsageKey
+from tuft.records import FutureKey, FutureKind, JournaledFuture, Outcome, Snapshot, now
 from tuft.store.db import Database
 from tuft.store.spool import INLINE_BYTES, Content, Spool
 from tuft.store.tables import futures, runs, server_clock, snapshots
@@ -45,7 +46,12 @@ class Snapshotted:
     snapshot: Snapshot
 
 
-Note = Accepted | Settled | Snapshotted
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """Writes nothing: all that came before it is written."""
+
+
+Note = Accepted | Settled | Snapshotted | Flushed
 
 
 class Journal:
@@ -154,7 +160,7 @@ class Journal:
         live runs that no snapshot covers. Returns how many, at most ``limit``."""
         table, snapshot = futures.c, snapshots.c
         covered = select(snapshot.run_id).where(snapshot.run_id == table.subject_id, snapshot.seq >= table.seq)
-        live = select(runs.c.run_id).where(runs.c.run_id == table.subject_id, runs.c.status.in_(("creating", "live")))
+        live = select(runs.c.run_id).where(runs.c.run_id == table.subject_id, _IS_OPEN)
         is_replayed = and_(table.kind == "operation", ~covered.exists(), live.exists())
         query = select(table.future_id).where(table.outcome.is_not(None), table.result_bytes.is_(None), ~is_replayed)
         with self._database.transaction() as connection:
@@ -171,6 +177,11 @@ class Journal:
             directory = connection.execute(select(snapshots.c.directory).where(named)).scalar_one_or_none()
             connection.execute(delete(snapshots).where(named))
         return directory
+
+    def drop_ended_snapshots(self) -> None:
+        """Those of runs that ended while they were being written."""
+        with self._database.transaction() as connection:
+            connection.execute(delete(snapshots).where(snapshots.c.run_id.not_in(select(runs.c.run_id).where(_IS_OPEN))))
 
     def sweep_files(self) -> int:
         """Delete files that no row names: their writer died. Only while nothing is being written."""
@@ -189,6 +200,7 @@ class Journal:
         return [_future(row) for row in self._database.all(query)]
 
 
+_IS_OPEN = runs.c.status.in_(("creating", "live"))
 _FUTURE = tuple(column for column in futures.c if column.name not in ("request", "result"))
 
 
@@ -246,9 +258,16 @@ def _write(connection: Connection, note: Note) -> None:
             }
             if connection.execute(update(futures).where(*open_one).values(**values)).rowcount:
                 add_usage(connection, usage)
+        case Flushed():
+            pass
         case Snapshotted(snapshot):
-            values = {"seq": snapshot.seq, "directory": snapshot.directory, "size_bytes": snapshot.size_bytes}
-            values["created_at"] = now()
+            values = {
+                "seq": snapshot.seq,
+                "directory": snapshot.directory,
+                "size_bytes": snapshot.size_bytes,
+                "digest": snapshot.digest,
+                "created_at": now(),
+            }
             changed = connection.execute(
                 update(snapshots).where(snapshots.c.run_id == snapshot.run_id).values(**values)
             )

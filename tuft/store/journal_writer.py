@@ -42,6 +42,10 @@ class JournalWriter:
         """Notes that database or disk would not take yet."""
         return len(self._stuck)
 
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self) -> None:
         self._thread.start()
 
@@ -58,7 +62,14 @@ class JournalWriter:
         is_open = True
         while is_open:
             batch, is_open = self._collect()
-            self._write([*self._stuck, *((item.make(), item.done) for item in batch)])
+            notes = list(self._stuck)
+            for item in batch:
+                try:
+                    notes.append((item.make(), item.done))
+                except Exception as error:  # noqa: BLE001 (a bug concerns its own note, never the thread that all need)
+                    _log.exception("a note cannot be made")
+                    item.done(StorageError(f"this cannot be journaled: {type(error).__name__}"))
+            self._write(notes)
 
     def _collect(self) -> tuple[list[_Item], bool]:
         batch: list[_Item] = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import delete, insert, select
 
-from tuft.records import Holder, QuotaName
+from tuft.metering import Holder, QuotaName
 from tuft.store.db import Database
 from tuft.store.tables import quotas
 

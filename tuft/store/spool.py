@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ class Spool:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            path.unlink(missing_ok=True)
+            self.delete(future_id, content)
             raise StorageError(f"{len(value)} bytes of a {content} could not be journaled: {error.strerror}") from error
 
     def read(self, future_id: str, content: Content) -> bytes:
@@ -43,8 +44,9 @@ class Spool:
             raise StorageError(f"the {content} of {future_id} cannot be read: {error.strerror}") from error
 
     def delete(self, future_id: str, content: Content) -> None:
-        """One that is not there is fine."""
-        self._path(future_id, content).unlink(missing_ok=True)
+        """One that is not there is fine; what cannot be deleted now is swept by the next server."""
+        with suppress(OSError):
+            self._path(future_id, content).unlink(missing_ok=True)
 
     def names(self) -> set[tuple[str, str]]:
         """Future and content of every file."""

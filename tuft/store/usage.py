@@ -11,7 +11,8 @@ from sqlalchemy import Connection, Select, and_, delete, func, insert, select, u
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tuft.config import DEFAULT_PROJECT
-from tuft.records import CheckpointStorage, Shared, Tenant, UsageKey, UsageRow, now
+from tuft.metering import UsageKey, UsageRow
+from tuft.records import CheckpointStorage, Shared, Tenant, now
 from tuft.store import tables
 from tuft.store.db import Database
 from tuft.store.sessions import within_reach
