@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -284,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the records here too")
     chosen = parser.parse_args(arguments)
     allow_many_descriptors()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers end with us
     records = []
     for name in chosen.experiments or EXPERIMENTS:
         experiment, full, short = EXPERIMENTS[name]

@@ -11,6 +11,7 @@ import functools
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def _free_port() -> int:
 
 
 def main(command: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with us
     with running() as server:
         return subprocess.run(command, check=False, env={**os.environ, VARIABLE: server.url}).returncode
 

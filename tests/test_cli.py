@@ -145,3 +145,15 @@ def test_a_tenants_name_is_checked(tmp_path: Path) -> None:
 def test_the_embedded_model_is_served_by_default(embedded_server: LiveServer) -> None:
     answer = httpx.get(f"{embedded_server.url}/readyz")
     assert answer.json()["base_models"] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+@pytest.mark.parametrize("url", ["postgresql://tuft:hidden@127.0.0.1:1/tuft", "mysql://tuft:hidden@127.0.0.1:1/tuft"])
+def test_the_databases_password_is_shown_nowhere(tmp_path: Path, url: str) -> None:
+    home, env = str(tmp_path), {"TUFT_DATABASE_URL": url}
+    shown = tuft("config", "--show", "--home", home, env=env)
+    assert shown.returncode == 0
+    refused = tuft("key", "create", "--tenant", "alice", "--home", home, env=env)
+    assert refused.returncode == 1
+    assert "database" in refused.stderr
+    for done in (shown, refused):
+        assert "hidden" not in done.stdout + done.stderr

@@ -161,7 +161,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
-    watching = asyncio.create_task(_end_without(database, stop))
+    watching = asyncio.create_task(_end_without(database, engine, stop))
     try:
         audience.listening(url, key, key_is_new)
         loading = asyncio.create_task(asyncio.to_thread(engine.wait_ready))
@@ -170,6 +170,8 @@ async def _serve(
             loading.result()  # raises what the engine could not load
             audience.ready(services.base_models)
             await stopping
+            if engine.error is not None:  # a supervisor starts us again, and the journal has what was acknowledged
+                raise engine.error
         audience.stopping()
     finally:
         stopping.cancel()
@@ -180,9 +182,10 @@ async def _serve(
         await serving
 
 
-async def _end_without(database: Database, stop: asyncio.Event) -> None:
-    """Housekeeping, if nothing else, finds out that another server has the database."""
-    while not database.is_lost:
+async def _end_without(database: Database, engine: EngineProcess, stop: asyncio.Event) -> None:
+    """End when another server has the database, as housekeeping, if nothing else, finds out; or when the engine is down
+    for good."""
+    while not database.is_lost and engine.error is None:
         await asyncio.sleep(_LOOK_INTERVAL_S)
     stop.set()
 

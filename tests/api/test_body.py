@@ -120,3 +120,24 @@ def test_what_fits_of_a_cut_off_frame_is_kept_for_its_envelope(server: Served, r
     response = post_proto(server.alice, plain, **ZSTD)
     failed = settled(server.alice, response.json()["request_id"]).json()
     assert f"more than {LIMIT_BYTES} bytes" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"project_id": "a\0b"}, "project_id"),
+        ({"tags": ["fine", "a\0b"]}, "tags.1"),
+        ({"user_metadata": {"key": "a\0b"}}, "user_metadata.key"),
+        ({"user_metadata": {"a\0b": "value"}}, "user_metadata"),
+    ],
+)
+def test_a_text_with_a_nul_is_refused_by_its_field(server: Served, fields: dict[str, Any], named: str) -> None:
+    response = post(server.alice, "create_session", **fields)
+    assert response.status_code == 400
+    assert response.json()["detail"].startswith(f"{named}: got ")
+    assert response.json()["detail"].endswith("; must hold no NUL character")
+
+
+def test_an_escaped_backslash_before_u0000_is_no_nul(server: Served) -> None:
+    response = post(server.alice, "create_session", tags=["\\u0000"])
+    assert response.status_code == 200

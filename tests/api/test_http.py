@@ -28,6 +28,11 @@ EXPECTED = {
     "ModelError": 503,
     "EngineDied": 503,
     "Overloaded": 503,
+    "StorageError": 503,
+    "_DiskFull": 503,
+    "Damaged": 422,
+    "CapReached": 429,
+    "SeqReused": 400,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from pathlib import Path
 
 import httpx
@@ -92,3 +93,31 @@ def test_keys_are_made_beside_the_server(server: LiveServer, tmp_path: Path) -> 
     made = subprocess.run([*command, *config], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     answer = httpx.get(f"{server.url}/api/v1/training_runs", headers={"X-API-Key": made})
     assert answer.status_code == 200
+
+
+def test_each_operation_is_done_once_while_the_database_is_started_anew_again_and_again(
+    server: LiveServer, own_postgres: postgres.Postgres
+) -> None:
+    client = connect(server)
+    undisturbed = client.create_lora_training_client(TINY_MODEL, rank=4, seed=1).result()
+    expected = [step(undisturbed, [datum()]) for _ in range(25)]
+    disturbed = client.create_lora_training_client(TINY_MODEL, rank=4, seed=1).result()
+    over = threading.Event()
+    restarts = 0
+
+    def restart_again_and_again() -> None:
+        nonlocal restarts
+        while not over.wait(0.2):
+            own_postgres.stop("immediate")
+            own_postgres.start()
+            restarts += 1
+
+    restarting = threading.Thread(target=restart_again_and_again)
+    restarting.start()
+    try:
+        got = [step(disturbed, [datum()]) for _ in range(25)]
+    finally:
+        over.set()
+        restarting.join()
+    assert restarts > 1
+    assert got == expected

@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-_SWEEP_INTERVAL_S = 0.25
+_SWEEP_INTERVAL_S, _POLL_S = 0.25, 0.02
 MAX_DEATHS = 5
 """An operation that this many engines have died with is taken for the reason."""
 _IN_THREAD_TOKENS = 2048
@@ -211,13 +211,15 @@ class Scheduler:
 
     async def _outlasting(self, work: Callable[[], Awaitable[FutureResult]]) -> Settlement:
         """What ``work`` ends with, which is done again if the engine dies with it."""
-        for _ in range(MAX_DEATHS - 1):
-            with contextlib.suppress(EngineDied):
+        deaths: list[EngineDied] = []
+        while len(deaths) < MAX_DEATHS:
+            try:
                 return await outcome(work())
-        try:
-            return await outcome(work())
-        except EngineDied as error:
-            return failure(error)
+            except EngineDied as error:
+                deaths.append(error)
+            while not self._engine.base_models:
+                await asyncio.sleep(_POLL_S)
+        return failure(deaths[-1])
 
     def span(self, future_id: str) -> Span:
         return self._spans[future_id]
@@ -231,7 +233,7 @@ class Scheduler:
         """Something that operations waited for is there: start all that may start now."""
         self._queue.pass_tokens = self._engine.pass_tokens
         self._queue.counters.credit = self._engine.pass_tokens + 1  # before a pass that waits, see service.passes
-        while self._engine.pass_tokens:
+        while self._engine.base_models:  # else it starts, and what waits keeps its place
             parts, in_pass = self._passes.next(self._may_start, time.monotonic())
             if not parts:
                 return
@@ -246,12 +248,12 @@ class Scheduler:
             await self._pass_over_refused()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing runs or waits; False if ``timeout_s`` was not enough."""
+        """Wait until nothing runs or waits; False if ``timeout_s`` was not enough, or no engine is there."""
         deadline = time.monotonic() + timeout_s
         while self._tasks or self._num_unanswered or self._queue.num_ready:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or not self._engine.base_models:
                 return False
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(_POLL_S)
         return True
 
     def _enqueue(self, run: Run, operation: Operation, num_bytes: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,11 @@ class Span:
     started_s: float | None = None
     settled_s: float | None = None
     key_number: int = 0
+
+    def __post_init__(self) -> None:
+        """The spans of a session share their names: a hundred thousand copies of them would be 40 MB."""
+        for name in ("tenant_id", "session_id", "base_model", "track", "name"):
+            setattr(self, name, sys.intern(getattr(self, name)))
 
     def start(self) -> None:
         """Its first part is on its way to be computed; later parts change nothing."""

@@ -1,0 +1,167 @@
+"""Attack the server in every way that docs/reliability.md lists, and write that score card.
+
+make faults                     # all of it, at full size: about an hour
+python -m faults --short        # each a little, as CI does; writes nothing
+python -m faults kills soak     # some of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from faults import crash, load, spend
+from faults.client import allow_many_descriptors
+from faults.record import Record
+
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / "docs" / "reliability.md"
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``run`` is told how often; ``full`` and ``short`` are that number by hand and in CI."""
+
+    name: str
+    promise: str
+    run: Callable[[int], Record]
+    full: int
+    short: int
+
+
+def tests(name: str, injected: str, *paths: str) -> Callable[[int], Record]:
+    """An attack that is made of tests: so many cases, of which none may fail."""
+
+    def run(_: int) -> Record:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+        began_s = time.monotonic()
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        summary = told.stdout.strip().splitlines()[-1] if told.stdout.strip() else "no output"
+        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", summary)}
+        num_bad = sum(number for word, number in counts.items() if word not in ("passed", "skipped"))
+        broken = () if told.returncode == 0 else (summary,)
+        measured = {"skipped": float(counts.get("skipped", 0)), "elapsed_s": round(time.monotonic() - began_s, 1)}
+        return Record(name, injected, counts.get("passed", 0) + num_bad, num_bad, measured, broken)
+
+    return run
+
+
+ATTACKS = (
+    Attack("kills", "what was acknowledged is never lost", crash.kills, 200, 6),
+    Attack(
+        "duplicates",
+        "a retry executes once, also across a restart",
+        tests("duplicates and restarts", "case", "tests/e2e/test_durability.py", "tests/service/test_recovery.py"),
+        1,
+        0,
+    ),
+    Attack(
+        "saves",
+        "no listed checkpoint fails to verify",
+        tests("interrupted saves", "case", "tests/service/test_interrupted_saves.py", "tests/store/test_weights.py"),
+        1,
+        0,
+    ),
+    Attack(
+        "disk",
+        "disk full, EIO, bit flips, truncated files: clear errors, and nothing else is lost",
+        tests(
+            "disk and database",
+            "case",
+            "tests/store/test_faults.py",
+            "tests/store/test_integrity.py",
+            "tests/store/test_journal_writer.py",
+            "tests/service/test_verification.py",
+        ),
+        1,
+        0,
+    ),  # fmt: skip
+    Attack(
+        "schema",
+        "older and newer schemas, and clocks that jump",
+        tests("schemas and clocks", "case", "tests/store/test_schema.py", "tests/e2e/test_clock.py"),
+        1,
+        0,
+    ),
+    Attack(
+        "tenants",
+        "nobody reaches another's work",
+        tests("the tenant grid", "case", "tests/isolation"),
+        1,
+        0,
+    ),
+    Attack(
+        "alone",
+        "a run's numbers are those of a run that is alone",
+        tests("alone in the batch", "case", "tests/engine/test_alone.py"),
+        1,
+        0,
+    ),
+    Attack("spend", "at most one operation over the cap", spend.races, 1000, 100),
+    Attack("waiting", "futures waiting at once, and healthz below 100 ms", load.waiting, 10_000, 500),
+    Attack("slow", "slow sockets hold nobody", load.slow_sockets, 500, 60),
+    Attack("reconnects", "all come back after a restart, and are served", load.reconnects, 1000, 100),
+    Attack("soak", "memory and descriptors do not grow", load.soak, 10_000, 300),
+)
+
+
+def card(records: Sequence[tuple[Attack, Record]], command: str) -> str:
+    """The score card as Markdown."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    lines = [
+        "# Reliability: the score card",
+        "",
+        "What was injected, how often, and what was lost of what had been promised. Written by `make faults`.",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, `{command}`",
+        "",
+        "| promise | injected | times | lost | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for attack, record in records:
+        verdict = "holds" if record.holds else "**broken**"
+        lines.append(f"| {attack.promise} | {record.injected} | {record.times:,} | {record.lost} | {verdict} |")
+    lines += ["", "## Figures", ""]
+    for attack, record in records:
+        lines += [f"**{record.name}** (`python -m faults {attack.name}`)", ""]
+        lines += [f"- {name}: {value:g}" for name, value in record.measured.items()]
+        lines += [f"- **broken: {what}**" for what in record.broken] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [attack.name for attack in ATTACKS]
+    parser.add_argument("attacks", nargs="*", choices=[[], *names], help="default: all")
+    parser.add_argument("--short", action="store_true", help="each a little, and what the test suite runs is left out")
+    parser.add_argument("--write", action="store_true", help=f"write {CARD.relative_to(ROOT)}")
+    chosen = parser.parse_args(arguments)
+    allow_many_descriptors()
+    records = []
+    for attack in ATTACKS:
+        times = attack.short if chosen.short else attack.full
+        if times and (not chosen.attacks or attack.name in chosen.attacks):
+            print(f"--- {attack.name}: {attack.promise}", flush=True)
+            records.append((attack, attack.run(times)))
+            print(records[-1][1], flush=True)
+    if chosen.write:
+        CARD.write_text(card(records, " ".join(["python -m faults", *(arguments or sys.argv[1:])])))
+    return int(not all(record.holds for _, record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The short form of ``python -m faults.load``: nothing is lost. What the figures are to be, it judges in full alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from faults.client import allow_many_descriptors
+from faults.load import EXPERIMENTS
+from faults.record import Record, quantile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_nothing_is_lost(name: str) -> None:
+    allow_many_descriptors()
+    experiment, _, short = EXPERIMENTS[name]
+    record = experiment(short)
+    assert record.lost == 0, record
+    assert record.times >= short * 0.9
+
+
+def test_a_record_says_what_does_not_hold() -> None:
+    kept = Record("waiting", "held poll", 10, 0, {"p99_ms": 12.5})
+    assert kept.holds
+    assert str(kept).splitlines() == ["waiting: held poll x 10, lost 0", "    p99_ms 12.5", "    holds"]
+    lost = Record("waiting", "held poll", 10, 2, {}, ("it was slow",))
+    assert not lost.holds
+    assert str(lost).endswith("BROKEN: it was slow; 2 lost")
+
+
+def test_a_quantile_is_one_of_the_values() -> None:
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile([1.0] * 99 + [7.0], 0.99) == 7.0
+    assert quantile([], 0.99) == 0.0
