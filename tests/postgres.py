@@ -38,6 +38,10 @@ _SETTINGS = {
 }
 
 
+# Whoever is killed closes the pipe that the server's shell reads; it becomes the server itself.
+_ENDS_WITH_US = 'exec 3<&0; ((cat <&3 > /dev/null; kill -QUIT $$) 2> /dev/null &); exec "$0" "$@" < /dev/null 3<&-'
+
+
 @functools.cache
 def programs() -> Path | None:
     """The directory of initdb and postgres; None where PostgreSQL is not installed."""
@@ -68,10 +72,12 @@ class Postgres:
         return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        options = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
+        settings = {"port": str(self.port), **_SETTINGS}
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self._programs / "postgres", "-D", self._data, "-p", str(self.port), *options],
+                ["sh", "-c", _ENDS_WITH_US, self._programs / "postgres", "-D", self._data, *options],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd="/",
@@ -93,7 +99,7 @@ class Postgres:
         """``immediate`` is a crash: what connections do is cut off, and the next start recovers."""
         if self._process is not None:
             self._run("pg_ctl", "stop", "--wait", f"--mode={mode}")
-            self._process.wait(60)
+            self._process.communicate(timeout=60)
             self._process = None
 
     def _run(self, program: str, *arguments: str) -> None:

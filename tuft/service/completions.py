@@ -1,13 +1,13 @@
 """Which samples of a client have ended. One poll tells of all of them, where each would else have a poll of its own.
 
-What ended is numbered; a *cursor* is the number of the last that a client knows of. Numbers begin at the present time
-in microseconds, so that a cursor of an earlier server is none of a later one's: such a client is told everything again.
+What ended is numbered; a *cursor* is the number of the last that a client knows of. Numbers begin at the uptime of all
+servers of the home so far, in microseconds, so that a cursor of an earlier server is none of a later one's: such a
+client is told everything again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Collection
 from contextlib import suppress
 from itertools import takewhile
@@ -97,6 +97,6 @@ class Completions:
     def _log(self, client: SamplingClient) -> _Log:
         log = self._logs.get(client)
         if log is None:
-            self._newest_cursor = max(self._newest_cursor + 1, time.time_ns() // 1000)
+            self._newest_cursor = max(self._newest_cursor + 1, int(self._futures.uptime_s() * 1e6))
             log = self._logs[client] = _Log(self._newest_cursor)
         return log

@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 
 Settlement = FutureResult | Failure
 _MAX_FORGOTTEN_AT_ONCE = 1000
+_CLOCK_LAG_S = 10.0
+"""More than the time since the uptime was last written, when a server is killed: it must not run backwards."""
 _MAX_WRITING_S = 5.0
 
 
@@ -110,7 +112,7 @@ class Futures:
 
     def start(self) -> list[JournaledFuture]:
         """Take up where an earlier server ended. Returns what is still to be done, in the order it was accepted."""
-        self._epoch_s = self._journal.uptime_s() - time.monotonic()
+        self._epoch_s = self._journal.uptime_s() + _CLOCK_LAG_S - time.monotonic()
         self._writer.start()
         pending = self._journal.pending()
         for known in pending:

@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 
 from sqlalchemy.exc import IntegrityError
 
-from tuft.errors import StorageError
+from tuft.errors import StorageError, UserError
 from tuft.store.journal import Accepted, Journal, Note
 
 _MAX_TOGETHER = 256
@@ -88,7 +88,7 @@ class JournalWriter:
         self._stuck = []
         try:
             self._journal.write([note for note, _ in notes])
-        except (StorageError, IntegrityError):
+        except (StorageError, IntegrityError, UserError):
             for note, done in notes:
                 self._write_alone(note, done)
         else:
@@ -105,6 +105,9 @@ class JournalWriter:
         except IntegrityError as error:  # its tenant or run is gone, or another process accepted the same request
             _log.error("the journal refuses a note: %s", error.orig)
             done(StorageError("the database refused: a row that this one needs is gone, or it is there already"))
+        except UserError as error:  # what no database can hold
+            _log.error("the journal refuses a note: %s", error)
+            done(StorageError(str(error)))
         except StorageError as error:
             if may_wait:
                 self._stuck.append((note, done))
