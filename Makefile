@@ -3,6 +3,7 @@
 #   make test     all tests; PYTEST="-m 'not slow'" for the quick ones, WORKERS=0 one after the other
 #   make test-sdk every supported release of the SDK against one server; `make test` runs three of them
 #   make fuzz     10,000 mutated requests to a server of their own: no 5xx, no growth of its memory
+#   make faults   attack a server in every way of docs/reliability.md, and write that score card (about an hour)
 #   make serve    the server, with its defaults
 #   make check    ruff and mypy
 #   make bench    how to measure; BENCH=train_step does it, ARGS="--rounds 1" quickly
@@ -18,7 +19,7 @@ WORKERS ?= 2
 # Tests run torch beside a server that runs torch: threads that wait must not spin for long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install demo test test-sdk fuzz serve check bench clean
+.PHONY: install demo test test-sdk fuzz faults serve check bench clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -42,6 +43,9 @@ test-sdk: $(READY)
 
 fuzz: $(READY)
 	@TUFT_FUZZ=$${TUFT_FUZZ:-10000} $(BIN)/python -m pytest tests/api/test_fuzz.py -k many -s $(PYTEST)
+
+faults: $(READY)
+	@$(BIN)/python -m tests.postgres $(BIN)/python -m faults --write $(ARGS)
 
 serve: $(READY)
 	@$(BIN)/tuft launch

@@ -185,7 +185,7 @@ async def _serve(
 async def _end_without(database: Database, engine: EngineProcess, stop: asyncio.Event) -> None:
     """End when another server has the database, as housekeeping, if nothing else, finds out; or when the engine is down
     for good."""
-    while not database.is_lost and engine.error is None:
+    while not database.is_lost and engine.error is None:  # noqa: ASYNC110 (both are told from other threads)
         await asyncio.sleep(_LOOK_INTERVAL_S)
     stop.set()
 

@@ -214,8 +214,8 @@ class JournalSection(_Section):
     snapshot_interval_s: float = Field(
         60.0,
         gt=0,
-        description="a run that changes is written down again after so long; what the engine computed since is computed "
-        "again after a crash, so this is about the longest that takes",
+        description="a run that changes is written down again after so long; what the engine computed since is "
+        "computed again after a crash, so this is about the longest that takes",
     )
     held_request_bytes: int = Field(
         2**29, ge=0, description="training data of waiting operations kept in memory; beyond that they wait on the disk"

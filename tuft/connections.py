@@ -18,16 +18,20 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tuft.config import Config
+from tuft.turns import Turns
 
 _WAITING_CONNECTIONS = 4096
 """How many the kernel keeps for us: clients who all come back at once are not refused."""
 _OTHER_FILES = 128
 """Descriptors for all that is no connection: a server that has none left can accept nobody."""
-_ACCEPTED_AT_ONCE = 64
+_ACCEPTED_AT_ONCE = 16
 """Of them, before others are served: asyncio would take all that wait in one go, and answer nobody meanwhile."""
+_STARTED_AT_ONCE = 3
+"""Requests, in one round of the event loop."""
+_PROBES = ("/api/v1/healthz", "/readyz")
 _DROPPED_BODIES = 4
 """A body over its limit is read to its end and dropped, since a sender who is cut off never sees the answer; one of
 more than so many times the largest body is cut off."""
@@ -40,6 +44,7 @@ class Rules:
         self.server = config.server
         self.limits = config.limits
         self.idle: dict[Connection, None] = {}
+        self.turns = Turns(_STARTED_AT_ONCE)
         open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = max(min(self.limits.max_connections, open_files - _OTHER_FILES), 8)
 
@@ -153,6 +158,17 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
             self.rules.idle[self] = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """A few at once, but for who asks how we are."""
+        if cycle.scope["path"] in _PROBES:
+            super()._start_asgi_task(cycle, app)
+        else:
+            self.rules.turns.take(lambda: self._start_if_there(cycle, app))
+
+    def _start_if_there(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if not cycle.disconnected:
+            super()._start_asgi_task(cycle, app)
 
     # --- a head, a body, a reader in time -----------------------------------------------------------------------------
 

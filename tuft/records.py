@@ -238,9 +238,9 @@ def valid_name(name: str, field: str) -> str:
 class Checkpoint:
     """A saved adapter. ``directory`` is relative to the home's ``checkpoints``; a new save never reuses one, so that
     the row's commit is the moment at which a name changes its meaning; a copy shares its source's. ``public``: every
-    tenant may read it. ``digest``: that of the manifest of its files, which older servers did not keep; ``damage``: what
-    was wrong with them when they were last looked at, None if nothing was. ``saved_seq``: the operation of the run that
-    saved it."""
+    tenant may read it. ``digest``: that of the manifest of its files, which older servers did not keep; ``damage``:
+    what was wrong with them when they were last looked at, None if nothing was; ``saved_seq``: the operation of the run
+    that saved it."""
 
     path: CheckpointPath
     tenant_id: str
@@ -359,8 +359,8 @@ class JournaledFuture:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A run's state after all operations up to ``seq``, in ``directory`` of the home's ``snapshots``, with the digest of
-    its manifest."""
+    """A run's state after all operations up to ``seq``, in ``directory`` of the home's ``snapshots``, with the digest
+    of its manifest."""
 
     run_id: str
     seq: int

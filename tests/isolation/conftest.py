@@ -20,6 +20,7 @@ from tests.api.conftest import Served, serving
 from tests.isolation.things import HERS, TEAM, Client, make_things
 from tuft.app import start_engine
 from tuft.config import Config
+from tuft.service import ownership
 
 OWNER, MEMBER = "alice", "carol"
 _READS: ContextVar[list[str] | None] = ContextVar("reads", default=None)
@@ -93,6 +94,8 @@ def grid_config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> C
 @pytest.fixture(scope="package")
 def grid(grid_config: Config) -> Iterator[Grid]:
     recorder = Recorder()
+    patched = pytest.MonkeyPatch()
+    patched.setattr(ownership, "_CHECK_AFTER_S", 0.02)  # sixty cases wait for their rows
     engine = start_engine(grid_config)
     event.listen(Engine, "before_cursor_execute", _note_statement)
     try:
@@ -103,5 +106,6 @@ def grid(grid_config: Config) -> Iterator[Grid]:
             grid.things = make_things(grid.owner)
             yield grid
     finally:
+        patched.undo()
         event.remove(Engine, "before_cursor_execute", _note_statement)
         engine.close()

@@ -255,7 +255,6 @@ NAMELESS = {
     "GET /api/models/{name}/revision/{revision}": "of base models, which are everyone's",
     "GET /openapi.json": "about the server",
     "GET /docs": "about the server",
-    "GET /docs/oauth2-redirect": "about the server",
 }
 """Routes that name nothing of a tenant's, and why they need no id."""
 
@@ -263,8 +262,23 @@ OPERATORS = "/api/v1/admin/"
 """Routes below it are for whoever administers all tenants; ``test_grid`` tries them with a key that does not."""
 
 NO_IDS = frozenset(
-    "kind name file revision folder limit offset access_scope starting_on ending_before event_type day expires "
-    "signature tags user_metadata sdk_version display_name sampling_session_seq_id model_seq_id base_model seq_id "
-    "custom_loss_seq_id path ttl_seconds type reason detail ".split()
+    # numbers, times and lists' pages
+    "limit offset day expires starting_on ending_before ttl_seconds timeout prev_cursor last_created_at "
+    "sampling_session_seq_id model_seq_id seq_id custom_loss_seq_id cloned_sampler_id "
+    # where a page of the caller's own ended
+    "last_session_id "
+    # words that stand for one of a few things, or for nothing
+    "access_scope event_type type reason reasons version format optimizer overwrite revision "
+    # what a client calls its own, or says of it; ``path`` names a checkpoint to load in ``CASES``
+    "kind name path tags user_metadata sdk_version display_name detail "
+    # proof of a right
+    "signature weights_access_token "
+    # what is the server's and everyone's
+    "base_model file folder "
+    # what is computed with
+    "rank lora_config nodes adam_params forward_backward_input forward_input age_encryption_recipients "
+    "prompt max_tokens seed stop temperature top_k top_p num_samples prompt_logprobs topk_prompt_logprobs "
+    "topk_sample_logprobs target_prompt_logprobs prompt_alt_tokens_k prompt_logprobs_last_n "
+    "record_stability_info".split()
 )
-"""Parameters and fields that name nothing: numbers, texts, names that a client gives to its own."""
+"""Parameters and fields that name nothing of a tenant's by which it could be reached."""

@@ -45,8 +45,9 @@ class Client:
         return self.mine["MY_RUN"]
 
     def seq(self, of: str) -> int:
-        seq = self.next_seq[of]
-        self.next_seq[of] += 1
+        """The next operation of a run, or sample of a sampler, that may be another's."""
+        seq = self.next_seq.get(of, 1)
+        self.next_seq[of] = seq + 1
         return seq
 
     def need(self, name: str) -> None:

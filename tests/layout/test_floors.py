@@ -16,8 +16,8 @@ PACKAGE = ROOT / "tuft"
 
 GROUND = {
     "tuft",
-    *(f"tuft.{name}" for name in "config errors fairness footprint metering losses optimizers prefixes records".split()),
-    *(f"tuft.{name}" for name in "scrub tokens types".split()),
+    *(f"tuft.{name}" for name in "config encoding errors fairness footprint metering losses optimizers prefixes records".split()),
+    *(f"tuft.{name}" for name in "scrub tokens turns types".split()),
 }
 MAY_SEE = {
     "models": set(),

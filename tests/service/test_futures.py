@@ -6,7 +6,8 @@ import pytest
 
 from tuft.errors import Gone, InvalidInput, QuotaExceeded
 from tuft.records import Tenant
-from tuft.service.futures import Futures, Pending, outcome
+from tuft.service.futures import Futures, Pending
+from tuft.service.settlements import outcome
 from tuft.types import Failure, FutureResult, RunCreated
 
 ALICE, BOB = Tenant("tenant-a", "alice"), Tenant("tenant-b", "bob")

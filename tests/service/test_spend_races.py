@@ -90,7 +90,7 @@ async def test_of_a_thousand_racing_requests_none_goes_over_the_cap(services: Se
     assert 0 < len(accepted) < len(races) == 1000
     results = await asyncio.gather(*(ended(services, alice, one) for one in accepted))
     assert any(isinstance(result, SampleResult) for result in results)
-    await services.futures.written()
+    await services.futures.writing.settled()
     total = spent(services, alice)
     assert CAP / 2 < total <= CAP
 

@@ -15,6 +15,7 @@ from tuft.api.inflight import Bounded, HeldResponse
 from tuft.config import LimitsSection
 from tuft.records import Outcome, SamplingClient
 from tuft.service.futures import Pending
+from tuft.turns import Turns
 from tuft.types import Failure, Float32Array, LossResult, Matrix, SampleResult, TokenLogprobs
 
 router = APIRouter(tags=["futures"])
@@ -63,6 +64,8 @@ async def retrieve_future(
     """Held while the work is under way: the client polls again without a pause. A failed operation is a result too."""
     request_id = body.request_id
     settled = await services.futures.wait(tenant, request_id, services.config.server.long_poll_s)
+    turns: Turns = request.app.state.turns
+    await turns.turn()  # a pass may settle hundreds at once
     if isinstance(settled, Pending):
         return JSONResponse(_try_again(request_id, settled), status_code=408)
     if isinstance(settled, Failure):

@@ -40,7 +40,6 @@ from tuft.api.inflight import InFlight
 from tuft.api.quotas import quota_answer
 from tuft.api.refusals import note_refusal
 from tuft.api.scopes import API_PREFIX
-from tuft.api.refusals import note_refusal
 from tuft.errors import (
     Damaged,
     EngineDied,
@@ -58,6 +57,7 @@ from tuft.errors import (
     UserError,
 )
 from tuft.service.services import Services
+from tuft.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +77,8 @@ _STATUSES: dict[type[TuftError], int] = {
     TuftError: 500,
 }
 _MAX_RETRY_AFTER_S = 20
+_ANSWERED_AT_ONCE = 4
+"""Of the clients who wait for results, in one round of the event loop."""
 
 _PARTS = (
     account,
@@ -103,6 +105,7 @@ def create_app(services: Services) -> FastAPI:
     """The application on ``services``, which must have been started on the event loop that serves it."""
     app = DocumentedApp(ROUTERS, title="TuFT", version=__version__, redoc_url=None)
     app.state.services = services
+    app.state.turns = Turns(_ANSWERED_AT_ONCE)
     app.state.inflight = InFlight(services.config.limits.max_inflight_bytes)
     app.state.started_at_s = time.monotonic()
     app.add_exception_handler(TuftError, _tuft_error)

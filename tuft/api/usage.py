@@ -24,7 +24,7 @@ _CURRENCY = "USD"
 async def usage_events(tenant: Caller, services: Served, starting_on: datetime, ending_before: datetime) -> Any:
     """The caller's own usage between two full hours."""
     since, until = utc(starting_on, "starting_on"), utc(ending_before, "ending_before")
-    await services.futures.written()
+    await services.futures.writing.settled()
     rows = await services.usage.between(tenant, since, until)
     has_costs = services.prices.currency == _CURRENCY
     return await listed(

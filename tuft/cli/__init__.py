@@ -1,4 +1,4 @@
-"""The ``tuft`` command, one module a noun. What is heavy is imported by the command that needs it: ``--help`` is quick."""
+"""The ``tuft`` command, one module a noun. Commands import what is heavy themselves, so that ``--help`` is quick."""
 
 from __future__ import annotations
 

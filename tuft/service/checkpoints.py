@@ -33,7 +33,7 @@ from tuft.store.weights import (
     write_adapter,
     write_external,
 )
-from tuft.types import AdapterState, CheckpointKind
+from tuft.types import AdapterState, CheckpointKind, Optimizer
 
 log = structlog.get_logger(__name__)
 
@@ -196,7 +196,7 @@ class Checkpoints:
     ) -> Checkpoint:
         """Write ``state`` of ``run`` and give it that name; what had the name before is replaced at that moment.
 
-        An external checkpoint is encrypted to ``recipients``, if there are any. ``saved_seq``: the operation that saves.
+        An external checkpoint is encrypted to ``recipients``, if any. ``saved_seq``: the operation that saves.
         """
         if path.kind == "external":
             directory = _new_directory(run, path.name)
@@ -307,6 +307,13 @@ class Checkpoints:
             tinker_path=str(path),
             **details,
         )
+
+
+def require_same(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
+    """Moments of one optimizer mean nothing to another."""
+    if checkpoint.optimizer != optimizer:
+        allowed = f"its optimizer is {checkpoint.optimizer!r}, the run's is {optimizer!r}: load the weights alone"
+        raise InvalidInput("path", str(checkpoint.path), allowed)
 
 
 def _unknown(tinker_path: str) -> NotFound:

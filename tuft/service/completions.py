@@ -75,7 +75,7 @@ class Completions:
     def free(self, client: SamplingClient, request_ids: Collection[str]) -> None:
         """Results that ``client`` has fetched. Ids of others, or of samples under way, change nothing."""
         fetched = [request_id for request_id in request_ids if self._client_of.get(request_id) == client]
-        self._futures.free(fetched)
+        self._futures.retention.deliver(fetched)
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Their results are no longer kept."""
@@ -97,6 +97,6 @@ class Completions:
     def _log(self, client: SamplingClient) -> _Log:
         log = self._logs.get(client)
         if log is None:
-            self._newest_cursor = max(self._newest_cursor + 1, int(self._futures.uptime_s() * 1e6))
+            self._newest_cursor = max(self._newest_cursor + 1, int(self._futures.retention.uptime_s() * 1e6))
             log = self._logs[client] = _Log(self._newest_cursor)
         return log

@@ -10,9 +10,10 @@ from tuft.errors import InvalidInput, QuotaExceeded, ServerError, TuftError, Use
 from tuft.losses import CustomLoss
 from tuft.records import FutureKey, JournaledFuture, Run, Tenant
 from tuft.service.calls import CheckLoss, Rejected
-from tuft.service.futures import Futures, failure
+from tuft.service.futures import Futures
 from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
+from tuft.service.settlements import failure
 from tuft.service.validation import check_seq
 from tuft.store.custom_losses import CustomLossTable
 from tuft.types import CustomLossCreated, FutureResult

@@ -8,41 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from secrets import token_hex
 from typing import Any, Literal
 
-import structlog
-
 from tuft.encoding import Encoding
-from tuft.errors import (
-    EngineDied,
-    Gone,
-    InvalidInput,
-    SeqReused,
-    ServerError,
-    StorageError,
-    TuftError,
-    refusing,
-)
+from tuft.errors import Gone, InvalidInput, SeqReused, StorageError, TuftError, refusing
 from tuft.metering import Charge, UsageKey
 from tuft.records import FutureKey, JournaledFuture, Outcome, Tenant, now
 from tuft.service.quotas import Quotas
-from tuft.store.journal import Accepted, Flushed, Journal, Note, Settled
-from tuft.store.journal_writer import JournalWriter
-from tuft.types import Failure, FutureResult
-
-log = structlog.get_logger(__name__)
-
-Settlement = FutureResult | Failure
-_MAX_FORGOTTEN_AT_ONCE = 1000
-_CLOCK_LAG_S = 10.0
-"""More than the time since the uptime was last written, when a server is killed: it must not run backwards."""
-_MAX_WRITING_S = 5.0
+from tuft.service.retention import Retention
+from tuft.service.settlements import Settlement, outcome_of
+from tuft.service.writing import Writing
+from tuft.store.journal import Accepted, Journal, Note, Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,48 +60,38 @@ class _Entry:
 
 
 class Futures:
-    """Futures of all tenants. Retentions count seconds in which a server runs: no clock that jumps, and no time in
-    which nobody could fetch a result. ``cache_bytes``: results kept in memory although they are journaled."""
+    """Futures of all tenants. ``cache_bytes``: results kept in memory although they are journaled."""
 
     def __init__(
         self,
         journal: Journal,
         encoding: Encoding,
         quotas: Quotas,
+        retention: Retention,
         *,
-        read_retention_s: float,
-        unread_retention_s: float,
         cache_bytes: int = 2**27,
     ) -> None:
+        self.writing = Writing(journal)
+        self.retention = retention
         self._journal = journal
-        self._writer = JournalWriter(journal)
         self._encoding = encoding
         self._quotas = quotas
-        self._read_retention_s = read_retention_s
-        self._unread_retention_s = unread_retention_s
         self._cache_bytes = cache_bytes
         self._entries: dict[str, _Entry] = {}
         self._of_key: dict[FutureKey, _Entry] = {}
         self._pending: Counter[str] = Counter()
         self._cached: OrderedDict[str, int] = OrderedDict()  # journaled results in memory, with their bytes
         self._num_cached_bytes = 0
-        self._delivered: set[str] = set()
-        self._epoch_s = 0.0
-        self._unwritten: set[asyncio.Future[None]] = set()
         self._is_closing = False
 
     def start(self) -> list[JournaledFuture]:
         """Take up where an earlier server ended. Returns what is still to be done, in the order it was accepted."""
-        self._epoch_s = self._journal.uptime_s() + _CLOCK_LAG_S - time.monotonic()
-        self._writer.start()
+        self.retention.start()
+        self.writing.start()
         pending = self._journal.pending()
         for known in pending:
             self._take_up(known)
         return pending
-
-    def close(self) -> None:
-        """Write what is to be written."""
-        self._writer.close()
 
     @property
     def num_pending(self) -> int:
@@ -170,8 +140,8 @@ class Futures:
             charge=prepared.charge,
         )
         try:
-            await self.write(lambda: Accepted(future, prepared.content))
-        except BaseException as error:
+            await self.writing.write(lambda: Accepted(future, prepared.content))
+        except BaseException as error:  # whatever it was: it goes on, and nothing was accepted
             self._forget(entry.future_id)
             self._pending[tenant.tenant_id] -= 1
             self._quotas.release(entry.future_id)
@@ -193,48 +163,20 @@ class Futures:
         self._pending[entry.tenant_id] -= 1
         self._quotas.settle(future_id, usage or {})
         _wake(entry)
-        forget_at_s = self.uptime_s() + self._unread_retention_s
+        forget_at_s = self.retention.forget_at_s()
         num_bytes = 0
 
         def make() -> Note:
             nonlocal num_bytes
             content = self._encoding.encode(result)
             num_bytes = len(content)
-            return Settled(future_id, _outcome(result), content, forget_at_s, usage or {})
-
-        loop = asyncio.get_running_loop()
-        written: asyncio.Future[None] = loop.create_future()
-        self._unwritten.add(written)
+            return Settled(future_id, outcome_of(result), content, forget_at_s, usage or {})
 
         def journaled(error: StorageError | None) -> None:
-            self._unwritten.discard(written)
-            written.set_result(None)
             if error is None and future_id in self._entries:  # one that the journal refuses for good stays in memory
                 self._cache(future_id, num_bytes)
 
-        self._writer.submit(make, partial(_tell, loop, journaled))
-
-    async def written(self) -> None:
-        """What has settled until now is in the journal and in the ledger; or the database has kept us too long."""
-        if self._unwritten:
-            await asyncio.wait(set(self._unwritten), timeout=_MAX_WRITING_S)
-
-    async def write(self, make: Callable[[], Note]) -> None:
-        """The note is in the journal, behind all that were given before. Raises StorageError."""
-        loop = asyncio.get_running_loop()
-        written: asyncio.Future[StorageError | None] = loop.create_future()
-
-        def tell(error: StorageError | None) -> None:
-            if not written.done():
-                written.set_result(error)
-
-        self._writer.submit(make, partial(_tell, loop, tell))
-        if (error := await written) is not None:
-            raise error
-
-    async def flush(self) -> None:
-        """All results so far are in the journal."""
-        await self.write(Flushed)
+        self.writing.submit(make, journaled)
 
     # --- the client's side --------------------------------------------------------------------------------------------
 
@@ -253,7 +195,7 @@ class Futures:
                 entry.waiters.remove(waiter)
         if entry.result is None:
             return Pending()
-        self._delivered.add(future_id)
+        self.retention.deliver([future_id])
         return entry.result
 
     def let_cancel(self, future_id: str, cancel: Callable[[], object]) -> None:
@@ -279,15 +221,11 @@ class Futures:
         """How it ended, and the bytes of its result; None while it is pending, or once its result is not kept."""
         entry = self._entries.get(future_id)
         if entry is not None:
-            return None if entry.result is None else (_outcome(entry.result), self._cached.get(future_id, 0))
+            return None if entry.result is None else (outcome_of(entry.result), self._cached.get(future_id, 0))
         known = self._journal.future(future_id)
         if known is None or known.outcome is None or known.result_bytes is None:
             return None
         return known.outcome, known.result_bytes
-
-    def free(self, future_ids: Sequence[str]) -> None:
-        """Results that have arrived where they were wanted. They are soon forgotten."""
-        self._delivered.update(future_ids)
 
     def is_pending(self, future_id: str) -> bool:
         entry = self._entries.get(future_id)
@@ -295,19 +233,9 @@ class Futures:
 
     # --- housekeeping -------------------------------------------------------------------------------------------------
 
-    def uptime_s(self) -> float:
-        """Seconds for which servers of this home have run. Only ever grows."""
-        return self._epoch_s + time.monotonic()
-
     async def sweep(self) -> list[str]:
-        """Forget results that were delivered, or that nobody fetches, long enough ago. Returns their futures."""
-        delivered, self._delivered = self._delivered, set()
-        delivered -= {future_id for future_id in delivered if self.is_pending(future_id)}
-        try:
-            forgotten = await asyncio.to_thread(self._sweep, delivered)
-        except StorageError:
-            self._delivered |= delivered
-            raise
+        """Forget what need not be kept; returns the futures whose results are gone. Raises StorageError."""
+        forgotten = await self.retention.sweep(self.is_pending)
         for future_id in forgotten:
             self._forget(future_id)
         return forgotten
@@ -317,15 +245,6 @@ class Futures:
         self._is_closing = True
         for entry in self._entries.values():
             _wake(entry)
-
-    def _sweep(self, delivered: set[str]) -> list[str]:
-        uptime_s = self.uptime_s()
-        self._journal.keep_time(uptime_s)
-        if delivered:
-            self._journal.forget_at(delivered, uptime_s + self._read_retention_s)
-        forgotten = self._journal.forget_results(uptime_s, _MAX_FORGOTTEN_AT_ONCE)
-        self._journal.prune(_MAX_FORGOTTEN_AT_ONCE)
-        return forgotten
 
     def _enter(self, tenant: Tenant, key: FutureKey, prepared: Prepared) -> _Entry:
         future_id = f"future-{token_hex(16)}"
@@ -362,7 +281,7 @@ class Futures:
         if self._owned(tenant, future_id).result_bytes is None:
             raise _gone(future_id)
         result: Settlement = await asyncio.to_thread(self._read, future_id, "result")
-        self._delivered.add(future_id)
+        self.retention.deliver([future_id])
         return result
 
     def _owned(self, tenant: Tenant, future_id: str) -> JournaledFuture:
@@ -396,33 +315,3 @@ def _wake(entry: _Entry) -> None:
     for waiter in entry.waiters:
         if not waiter.done():
             waiter.set_result(None)
-
-
-def _tell(
-    loop: asyncio.AbstractEventLoop, told: Callable[[StorageError | None], None], error: StorageError | None
-) -> None:
-    """From the writer's thread."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(told, error)
-
-
-async def outcome(work: Awaitable[FutureResult]) -> Settlement:
-    """What ``work`` ends with; its errors become a Failure, so that a future always settles. EngineDied passes: the
-    work is done again."""
-    try:
-        return await work
-    except EngineDied:
-        raise
-    except TuftError as error:
-        return failure(error)
-    except Exception as error:  # the boundary: a bug fails this one operation, never the loop
-        log.exception("internal error")
-        return failure(ServerError(f"internal error: {type(error).__name__}; the server's log says more"))
-
-
-def _outcome(result: Settlement) -> Outcome:
-    return "failed" if isinstance(result, Failure) else "ok"
-
-
-def failure(error: TuftError) -> Failure:
-    return Failure(error.told, "user" if error.category == "user" else "server", error.refused)

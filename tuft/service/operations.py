@@ -17,13 +17,13 @@ from tuft.records import Checkpoint, CheckpointPath, Run, Tenant, valid_name
 from tuft.service.calls import LoadWeights, Rejected, SaveExternal, SaveForSampler, SaveWeights
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.custom_losses import CustomLosses
-from tuft.service.futures import failure
 from tuft.service.models import BaseModels
 from tuft.service.provenance import Provenance
 from tuft.service.queue import Operation
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
 from tuft.service.scheduler import Scheduler
+from tuft.service.settlements import failure
 from tuft.service.validation import check_recipients, check_sampler_kind, check_seq, check_ttl
 from tuft.types import (
     AdapterState,
@@ -206,7 +206,7 @@ class Operations:
 
     # --- when their turn has come -------------------------------------------------------------------------------------
 
-    async def _fail(self, operation: Operation, call: Rejected) -> FutureResult:
+    async def _fail(self, _operation: Operation, call: Rejected) -> FutureResult:
         error = UserError(call.message) if call.category == "user" else ServerError(call.message)
         error.refused = call.refused
         raise error

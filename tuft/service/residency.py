@@ -142,7 +142,7 @@ class Residency:
     async def _bring(self, run_id: str) -> None:
         try:
             async with self._turn:  # one after the other: each is ready soonest, and memory is counted
-                while self._scheduler.is_running(run_id):  # what the last engine held is being put back
+                while self._scheduler.is_running(run_id):  # noqa: ASYNC110 (what the last engine held is put back)
                     await asyncio.sleep(_POLL_S)
                 run = self._runs.get(run_id)
                 if run is not None and not self._is_here(run_id):
@@ -173,7 +173,7 @@ class Residency:
     async def _restore(self, run: Run) -> None:
         """Raises TuftError."""
         began_s = time.monotonic()
-        await self._futures.flush()  # a result that was not journaled yet would not be computed again
+        await self._futures.writing.flush()  # a result that was not journaled yet would not be computed again
         snapshot = await asyncio.to_thread(self._journal.snapshot, run.run_id)
         entries = await asyncio.to_thread(self._journal.of_run, run.run_id, -1 if snapshot is None else snapshot.seq)
         done = [entry for entry in entries if entry.outcome == "ok"]

@@ -12,9 +12,9 @@ from secrets import randbits
 from tuft.config import LimitsSection
 from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter
 from tuft.errors import EngineDied, InvalidInput, NotFound, RunLost, TuftError, refusing
-from tuft.records import Checkpoint, FutureKey, JournaledFuture, Run, RunStatus, Shared, Tenant, now
-from tuft.service.calls import CreateRun, CreateRunFromCheckpoint, LoadWeights, UnloadRun
-from tuft.service.checkpoints import Checkpoints
+from tuft.records import FutureKey, JournaledFuture, Run, RunStatus, Shared, Tenant, now
+from tuft.service.calls import CreateRun, CreateRunFromCheckpoint, UnloadRun
+from tuft.service.checkpoints import Checkpoints, require_same
 from tuft.service.models import BaseModels
 from tuft.service.projects import Projects
 from tuft.service.queue import Operation
@@ -26,7 +26,7 @@ from tuft.service.snapshots import Snapshots
 from tuft.service.validation import check_lora, check_seq
 from tuft.store.catalog import Catalog
 from tuft.store.journal import Journal
-from tuft.types import AdapterState, FutureResult, LoraSpec, Optimizer, RunCreated, RunUnloaded, WeightsLoaded
+from tuft.types import FutureResult, LoraSpec, Optimizer, RunCreated, RunUnloaded
 
 _CREATION_SEQ = 0  # the SDK counts a run's operations from 1; its creation is the one before
 
@@ -65,8 +65,6 @@ class Runs:
         self._touched: dict[str, datetime] = {}
         residency.lose = self._lose
         scheduler.perform(CreateRun, self._create)
-        scheduler.perform(CreateRunFromCheckpoint, self._create_from_checkpoint)
-        scheduler.perform(LoadWeights, self._load_weights)
 
     async def create(
         self,
@@ -112,7 +110,7 @@ class Runs:
         check_lora(checkpoint.spec, self._limits)
         family = optimizer or (checkpoint.optimizer if with_optimizer else "adamw")
         if with_optimizer:
-            _require_same(checkpoint, family)
+            require_same(checkpoint, family)
         name = "create_model_from_checkpoint"
         return await self._begin(
             tenant, session_id, model_seq_id, model.name, checkpoint.spec, family, name, sent, readers
@@ -122,51 +120,9 @@ class Runs:
 
     async def _create(self, operation: Operation, _call: CreateRun) -> FutureResult:
         run = self.open_one(operation.run_id)
-        with self._closing_if_it_fails(run):
-            await self._place(run, CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
+        with self.closing_if_it_fails(run):
+            await self.place(run, CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
         return RunCreated(run.run_id)
-
-    async def _create_from_checkpoint(self, operation: Operation, call: CreateRunFromCheckpoint) -> FutureResult:
-        run = self.open_one(operation.run_id)
-        with self._closing_if_it_fails(run):
-            present = self._checkpoints.loadable(call.readers, call.path)  # a name may change its meaning
-            await self._load(
-                run, operation.seq, await self._read_state(run, call.readers[0], present, call.with_optimizer)
-            )
-        return WeightsLoaded(call.path, run.run_id)
-
-    async def _load_weights(self, operation: Operation, call: LoadWeights) -> FutureResult:
-        """The run's gradients are gone, its moments too unless loaded."""
-        run = self.open_one(operation.run_id)
-        checkpoint = self._checkpoints.loadable(call.readers, call.path)
-        for name in ("rank", "train_attn", "train_mlp", "train_unembed"):
-            ours, theirs = getattr(run.spec, name), getattr(checkpoint.spec, name)
-            if ours != theirs:
-                allowed = f"its {name} is {theirs}, the run's is {ours}; they must be equal"
-                raise InvalidInput("path", call.path, allowed)
-        if checkpoint.base_model != run.base_model:
-            allowed = f"it belongs to {checkpoint.base_model}, the run to {run.base_model}"
-            raise InvalidInput("path", call.path, allowed)
-        await self._load(
-            run, operation.seq, await self._read_state(run, call.readers[0], checkpoint, call.with_optimizer)
-        )
-        return WeightsLoaded(call.path, run.run_id)
-
-    async def _load(self, run: Run, seq: int, state: AdapterState) -> None:
-        """Go on from ``state``. It becomes the run's snapshot: the checkpoint may be gone when the run comes back."""
-        await self._place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
-        await self._snapshots.write(run, seq, state)
-
-    async def _read_state(self, run: Run, reader: Tenant, checkpoint: Checkpoint, with_optimizer: bool) -> AdapterState:
-        """What ``run`` is to begin with, or to go on with."""
-        if with_optimizer and not checkpoint.has_optimizer:
-            allowed = "it holds no optimizer state; save_state() makes checkpoints that do"
-            raise InvalidInput("path", str(checkpoint.path), allowed)
-        if with_optimizer:
-            _require_same(checkpoint, run.optimizer)
-        self._checkpoints.note_read(reader, checkpoint, "training")
-        state = await self._checkpoints.read(checkpoint.directory, with_optimizer=with_optimizer)
-        return replace(state, spec=run.spec, optimizer=run.optimizer)
 
     # --- finding and ending them --------------------------------------------------------------------------------------
 
@@ -320,7 +276,7 @@ class Runs:
         return run
 
     @contextmanager
-    def _closing_if_it_fails(self, run: Run) -> Iterator[None]:
+    def closing_if_it_fails(self, run: Run) -> Iterator[None]:
         """A run that never began takes no more operations."""
         try:
             yield
@@ -331,7 +287,7 @@ class Runs:
                 self._close(run, "failed")
             raise
 
-    async def _place(self, run: Run, command: CreateAdapter | LoadAdapter) -> None:
+    async def place(self, run: Run, command: CreateAdapter | LoadAdapter) -> None:
         """Put the run's adapter into the engine; from then on the run is live."""
         await self._residency.make_room(run)
         generation = self._engine.generation
@@ -363,13 +319,6 @@ class Runs:
 
 async def _unloaded(run_id: str) -> FutureResult:
     return RunUnloaded(run_id)
-
-
-def _require_same(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
-    """Moments of one optimizer mean nothing to another."""
-    if checkpoint.optimizer != optimizer:
-        allowed = f"its optimizer is {checkpoint.optimizer!r}, the run's is {optimizer!r}: load the weights alone"
-        raise InvalidInput("path", str(checkpoint.path), allowed)
 
 
 def _unknown(run_id: str) -> NotFound:

@@ -254,7 +254,8 @@ def _sequence_ids(sampler_id: str, seq: int, spec: SampleSpec) -> list[str]:
 
 
 async def _forgotten(sampler_id: str) -> FutureResult:
-    raise NotFound(f"sampling_session_id: {sampler_id!r} was forgotten with its session")
+    error = NotFound(f"sampling_session_id: {sampler_id!r} was forgotten with its session")
+    raise refusing("sampler", sampler_id, error)
 
 
 def _sampler_id(session_id: str, sampling_session_seq_id: int) -> str:

@@ -22,10 +22,11 @@ from tuft.metering import NOTHING, Charge
 from tuft.records import FutureKey, Run, Tenant
 from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
-from tuft.service.futures import Futures, Settlement, failure, outcome
+from tuft.service.futures import Futures
 from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
 from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
 from tuft.service.refusals import Refusals
+from tuft.service.settlements import Settlement, failure, outcome
 from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
 
@@ -217,7 +218,7 @@ class Scheduler:
                 return await outcome(work())
             except EngineDied as error:
                 deaths.append(error)
-            while not self._engine.base_models:
+            while not self._engine.base_models:  # noqa: ASYNC110 (another thread tells)
                 await asyncio.sleep(_POLL_S)
         return failure(deaths[-1])
 

@@ -21,6 +21,7 @@ from tuft.service.copies import Copies
 from tuft.service.custom_losses import CustomLosses
 from tuft.service.downloads import Downloads
 from tuft.service.futures import Futures
+from tuft.service.loading import Loading
 from tuft.service.models import BaseModels
 from tuft.service.operations import Operations
 from tuft.service.ownership import Ownership
@@ -31,6 +32,7 @@ from tuft.service.provenance import Provenance
 from tuft.service.quotas import Quotas
 from tuft.service.recovery import Recovered, Recovery
 from tuft.service.residency import Residency
+from tuft.service.retention import Retention
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
 from tuft.service.scheduler import Scheduler
@@ -93,8 +95,7 @@ class Services:
             journal,
             ENCODING,
             self.quotas,
-            read_retention_s=limits.result_retention_s,
-            unread_retention_s=limits.unread_retention_s,
+            Retention(journal, limits.result_retention_s, limits.unread_retention_s),
             cache_bytes=config.journal.cached_result_bytes,
         )
         self.completions = Completions(self.futures)
@@ -123,6 +124,7 @@ class Services:
         self.downloads = Downloads(self.checkpoints, signer)
         parts = (catalog, engine, self._scheduler, self.models, self.sessions, self.checkpoints, limits)
         self.runs = Runs(*parts, self.projects, journal, self.residency, snapshots, self.quotas)
+        Loading(scheduler, self.runs, self.checkpoints, snapshots)
         self.provenance = Provenance(Sequences(database))
         self.samplers = Samplers(*parts, self.provenance, self.completions, activity, self.futures)
         self.custom_losses = CustomLosses(
@@ -164,7 +166,13 @@ class Services:
                 half_written_deleted=num_swept,
             )
         loop = asyncio.get_running_loop()
-        loops = (self._scheduler.serve(), self.residency.serve(), self._sweep(), self.checkpoints.verification.serve(), self.ownership.serve())
+        loops = (
+            self._scheduler.serve(),
+            self.residency.serve(),
+            self._sweep(),
+            self.checkpoints.verification.serve(),
+            self.ownership.serve(),
+        )
         self._tasks = [loop.create_task(work) for work in loops]
 
     async def stop(self) -> None:
@@ -183,7 +191,7 @@ class Services:
         self.tenants.flush()
         await self.ownership.look_into_all()
         await self.futures.sweep()
-        await asyncio.to_thread(self.futures.close)
+        await asyncio.to_thread(self.futures.writing.close)
 
     async def _sweep(self) -> None:
         while True:

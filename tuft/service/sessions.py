@@ -92,7 +92,7 @@ class Sessions:
         """Whoever owns it, for the holder of a link that is signed. Raises NotFound."""
         session = self._catalog.get(session_id)
         if session is None:
-            raise NotFound(f"session_id: {session_id!r} is unknown")
+            raise refusing("trace", session_id, NotFound(f"session_id: {session_id!r} is unknown"))
         return session
 
     def heartbeat(self, tenant: Tenant, session_id: str) -> None:

@@ -1,9 +1,9 @@
 """States of runs on the disk, so that a restart has little to do again.
 
-A run that has changed is written down again after ``interval_s``. What has to be computed anew after a crash is what the
-engine computed since then, of all runs together: at most ``interval_s`` of its time, and as much again as the snapshots
-of other runs took that came first. Writing takes at most a tenth of the time: after a snapshot that took a second,
-none begins for nine.
+A run that has changed is written down again after ``interval_s``. What has to be computed anew after a crash is what
+the engine computed since then, of all runs together: at most ``interval_s`` of its time, and as much again as the
+snapshots of other runs took that came first. Writing takes at most a tenth of the time: after a snapshot that took a
+second, none begins for nine.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Snapshots:
                 await asyncio.to_thread(delete_adapter, self._root, directory)
                 return
             try:
-                await self._futures.write(lambda: note)
+                await self._futures.writing.write(lambda: note)
             except StorageError:
                 await asyncio.to_thread(delete_adapter, self._root, directory)
                 raise

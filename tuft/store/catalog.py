@@ -12,7 +12,7 @@ from tuft.config import DEFAULT_PROJECT
 from tuft.records import Run, RunStatus, SamplerInfo, Shared, Tenant
 from tuft.store import tables
 from tuft.store.db import Database
-from tuft.store.sessions import within_reach
+from tuft.store.ownership import own, within_reach
 from tuft.types import LoraSpec
 
 
@@ -43,7 +43,7 @@ class Catalog:
 
     def run(self, tenant: Tenant, run_id: str) -> Run | None:
         table = tables.runs
-        row = self._database.first(select(table).where(table.c.run_id == run_id, table.c.tenant_id == tenant.tenant_id))
+        row = self._database.first(select(table).where(table.c.run_id == run_id, own(table, tenant)))
         return None if row is None else _run(row)
 
     def run_within_reach(self, tenant: Tenant, shared: Shared, run_id: str) -> Run | None:
@@ -119,7 +119,7 @@ class Catalog:
     def count_join(self, tenant: Tenant, sampler_id: str) -> int | None:
         """One more client has joined the sampling session: returns how many have. None if there is no such session."""
         table = tables.samplers
-        counted = update(table).where(table.c.sampler_id == sampler_id, table.c.tenant_id == tenant.tenant_id)
+        counted = update(table).where(table.c.sampler_id == sampler_id, own(table, tenant))
         with self._database.transaction() as connection:
             return connection.execute(
                 counted.values(num_joined=table.c.num_joined + 1).returning(table.c.num_joined)
@@ -127,9 +127,7 @@ class Catalog:
 
     def sampler(self, tenant: Tenant, sampler_id: str) -> SamplerInfo | None:
         table = tables.samplers
-        row = self._database.first(
-            select(table).where(table.c.sampler_id == sampler_id, table.c.tenant_id == tenant.tenant_id)
-        )
+        row = self._database.first(select(table).where(table.c.sampler_id == sampler_id, own(table, tenant)))
         return None if row is None else _sampler(row)
 
     def has_sampler(self, sampler_id: str) -> bool:
@@ -138,7 +136,7 @@ class Catalog:
 
     def samplers(self, tenant: Tenant, session_id: str) -> list[SamplerInfo]:
         table = tables.samplers
-        query = select(table).where(table.c.session_id == session_id, table.c.tenant_id == tenant.tenant_id)
+        query = select(table).where(table.c.session_id == session_id, own(table, tenant))
         with self._database.transaction() as connection:
             return [_sampler(row) for row in connection.execute(query.order_by(table.c.created_at))]
 

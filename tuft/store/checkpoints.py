@@ -12,7 +12,7 @@ from tuft.records import Checkpoint, CheckpointPath, Shared, Tenant, now
 from tuft.store import tables
 from tuft.store.catalog import lora_spec, lora_values
 from tuft.store.db import Database
-from tuft.store.sessions import within_reach
+from tuft.store.ownership import own, within_reach
 from tuft.types import CheckpointKind
 
 
@@ -57,7 +57,7 @@ class CheckpointCatalog:
         return self._first(*_named(path))
 
     def owned(self, tenant: Tenant, path: CheckpointPath) -> Checkpoint | None:
-        return self._first(*_named(path), tables.checkpoints.c.tenant_id == tenant.tenant_id)
+        return self._first(*_named(path), own(tables.checkpoints, tenant))
 
     def within_reach(self, tenant: Tenant, shared: Shared, path: CheckpointPath) -> Checkpoint | None:
         """The tenant's own, one of a shared project, or a published one."""
@@ -88,7 +88,7 @@ class CheckpointCatalog:
     def expiring(self, tenant: Tenant, before: datetime, limit: int) -> tuple[list[Checkpoint], int]:
         """The tenant's first to expire before that moment, and the number of all that will."""
         table = tables.checkpoints
-        query = select(table).where(table.c.tenant_id == tenant.tenant_id, table.c.expires_at < before, *_listed())
+        query = select(table).where(own(table, tenant), table.c.expires_at < before, *_listed())
         rows, total = self._database.page(query.order_by(table.c.expires_at), limit, 0)
         return [_checkpoint(row) for row in rows], total
 

@@ -73,7 +73,7 @@ class Journal:
             with self._database.transaction() as connection:
                 for note in notes:
                     _write(connection, note)
-        except Exception:
+        except Exception:  # whatever it was: it goes on, and no file stays without its row
             for future_id, content in written:
                 self._spool.delete(future_id, content)
             raise

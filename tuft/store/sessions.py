@@ -12,18 +12,9 @@ from tuft.config import DEFAULT_PROJECT
 from tuft.records import Session, SessionSearch, SessionSummary, Shared, StatusFilter, Tenant, now
 from tuft.store import tables
 from tuft.store.db import Database
+from tuft.store.ownership import within_reach
 
 _LISTED = 10_000  # runs, and samplers, that are named with a session: the newest
-
-
-def within_reach(tenant: Tenant, shared: Shared) -> ColumnElement[bool]:
-    """Of ``sessions``: the tenant's own, and in a shared project those of its other members too."""
-    table = tables.sessions
-    reachable: list[ColumnElement[bool]] = [table.c.tenant_id == tenant.tenant_id]
-    for project_id, members in shared.items():
-        owners = select(tables.tenants.c.tenant_id).where(tables.tenants.c.name.in_(members))
-        reachable.append(and_(table.c.project_id == project_id, table.c.tenant_id.in_(owners)))
-    return or_(*reachable)
 
 
 class SessionCatalog:

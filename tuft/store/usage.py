@@ -15,7 +15,7 @@ from tuft.metering import UsageKey, UsageRow
 from tuft.records import CheckpointStorage, Shared, Tenant, now
 from tuft.store import tables
 from tuft.store.db import Database
-from tuft.store.sessions import within_reach
+from tuft.store.ownership import own, within_reach
 
 FOLDED = datetime(1970, 1, 1, tzinfo=UTC)
 """The hour of what is too old to be told by the hour."""
@@ -149,7 +149,7 @@ class UsageTable:
         query = (
             select(num_bytes)
             .join(runs, runs.c.run_id == table.c.run_id)
-            .where(table.c.tenant_id == tenant.tenant_id)
+            .where(own(table, tenant))
             .where(table.c.expires_at.is_(None) | (table.c.expires_at > now()))
         )
         of_all = self._database.first(query)
