@@ -5,7 +5,7 @@
     │   ├── InvalidInput          a field's value is wrong: names field, value seen, values allowed
     │   ├── Unauthorized          no key, or one that is unknown or has ended
     │   │   └── InvalidToken      a JWT that is forged, has expired, or outlived its key: a new one may do
-    │   ├── Forbidden             the caller may not: a scope their key lacks, a project of others, a suspended tenant
+    │   ├── Forbidden             the caller may not: a scope their key lacks, a suspended tenant
     │   ├── NotFound              no such object among the caller's own
     │   ├── Gone                  a future that is unknown, or no longer kept
     │   ├── TooLarge              a request body over the limit

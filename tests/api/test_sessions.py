@@ -57,14 +57,15 @@ def test_a_session_of_the_oldest_sdks_needs_no_field(server: Served) -> None:
     assert post(server.alice, "create_session", user_metadata=None).json()["session_id"]
 
 
-def test_a_project_of_others_takes_no_session_of_ours(server: Served, session_id: str) -> None:
-    refused = [
-        post(server.alice, "create_session", tags=[], project_id="bobs"),
-        server.alice.put(f"/api/v1/sessions/{session_id}/project", json={"project_id": "bobs"}),
-    ]
-    for response in refused:
-        assert response.status_code == 403
-        assert response.json()["detail"] == "project_id: 'alice' is no member of the project 'bobs'"
+def test_a_project_of_others_is_to_us_a_label_like_any_other(server: Served, session_id: str) -> None:
+    made = post(server.alice, "create_session", tags=[], project_id="bobs")
+    moved = server.alice.put(f"/api/v1/sessions/{session_id}/project", json={"project_id": "bobs"})
+    assert (made.status_code, moved.status_code) == (200, 204)
+    search = {"project_ids": ["bobs"], "owner": {"type": "accessible"}}
+    ours = {found["session_id"] for found in post(server.alice, "sessions/search", **search).json()["sessions"]}
+    assert {session_id, made.json()["session_id"]} <= ours
+    theirs = {found["session_id"] for found in post(server.bob, "sessions/search", **search).json()["sessions"]}
+    assert not ours & theirs
 
 
 def test_a_session_moves_between_projects_and_only_its_owner_moves_it(server: Served, session_id: str) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tuft.config import Config
-from tuft.errors import Forbidden, InvalidInput
+from tuft.errors import InvalidInput
 from tuft.records import Tenant
 from tuft.service.projects import Projects
 
@@ -24,11 +24,15 @@ def test_a_project_that_is_not_listed_is_anyones_label() -> None:
     assert "my experiments / 3" not in PROJECTS.shared_with(ALICE)
 
 
-def test_a_listed_project_wants_a_member() -> None:
-    assert PROJECTS.placed(ALICE, "team") == "team"
+def test_to_who_is_no_member_a_listed_project_is_a_label_and_somebody_is_told() -> None:
+    told: list[tuple[str, str]] = []
+    projects = Projects(CONFIGURED.projects, lambda tenant, project_id: told.append((tenant.name, project_id)))
+    assert projects.placed(ALICE, "team") == "team"
+    assert told == []
     for tenant, project_id in ((CAROL, "team"), (ALICE, "hers"), (ALICE, "nobodys")):
-        with pytest.raises(Forbidden, match=project_id):
-            PROJECTS.placed(tenant, project_id)
+        assert projects.placed(tenant, project_id) == project_id
+        assert project_id not in projects.shared_with(tenant)
+    assert told == [("carol", "team"), ("alice", "hers"), ("alice", "nobodys")]
 
 
 def test_a_member_shares_with_all_members() -> None:

@@ -76,7 +76,7 @@ class CustomLosses:
         loss_id = f"{key.subject_id}:loss:{key.seq}"
         if self._table.get(key.subject_id, loss_id) is None:
             self._require_room(key.subject_id)
-            await self._scheduler.ask(CheckCustomLoss(call.loss))
+            await self._scheduler.replies.ask(CheckCustomLoss(call.loss))
             self._require_room(key.subject_id)  # others may have come meanwhile
             self._table.add(tenant, key.subject_id, key.seq, loss_id, call.loss)
         return CustomLossCreated(loss_id)

@@ -275,9 +275,9 @@ class Operations:
         return run
 
     async def _export(self, run: Run, *, with_optimizer: bool = False) -> AdapterState:
-        state: AdapterState = await self._scheduler.ask(ExportAdapter(run.run_id, with_optimizer))
+        state: AdapterState = await self._scheduler.replies.ask(ExportAdapter(run.run_id, with_optimizer))
         return state
 
     async def _copy(self, run: Run, directory: str) -> None:
-        await self._scheduler.ask(CopyAdapter(run.run_id, directory))
+        await self._scheduler.replies.ask(CopyAdapter(run.run_id, directory))
         self._samplers.residents.note(directory)

@@ -180,11 +180,11 @@ class Residency:
         if snapshot is not None:
             state = await self._snapshots.read(snapshot)
             state = replace(state, spec=run.spec, optimizer=run.optimizer)
-            await self._scheduler.ask(LoadAdapter(run.run_id, run.base_model, state, trainable=True))
+            await self._scheduler.replies.ask(LoadAdapter(run.run_id, run.base_model, state, trainable=True))
         else:
             if not done or not isinstance(await self._futures.request(done[0].future_id), CreateRun):
                 raise Damaged("neither a snapshot nor its beginning is on the disk")
-            await self._scheduler.ask(CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
+            await self._scheduler.replies.ask(CreateAdapter(run.run_id, run.base_model, run.spec, run.optimizer))
         num_replayed = await self._replay(run, done)
         if num_replayed:
             elapsed_s = time.monotonic() - began_s
@@ -193,24 +193,27 @@ class Residency:
     async def _replay(self, run: Run, done: Sequence[JournaledFuture]) -> int:
         """Compute again what changed the run's state; returns how many operations that were."""
         num_replayed = 0
-        replies: list[asyncio.Future[Any]] = []
-        for entry in done:
-            if entry.name not in REPLAYED:
-                continue
-            work = await self._futures.request(entry.future_id)
-            if not isinstance(work, OptimStep) and not (isinstance(work, RunLoss) and work.backward):
-                continue
-            num_replayed += 1
-            parts: Sequence[RunLoss | OptimStep] = [work]
-            if isinstance(work, RunLoss):  # in the parts in which it was computed the first time
-                parts = [part for part, _ in cut_loss(work, f"again-{entry.future_id}", self._engine.pass_tokens)]
-            replies += [asyncio.wrap_future(self._engine.submit([part])[0]) for part in parts]
-            while len(replies) >= _MAX_REPLAYED_AT_ONCE:
-                await replies.pop(0)
-        await asyncio.gather(*replies)
+        replies: list[asyncio.Task[Any]] = []
+        try:
+            for entry in done:
+                parts = await self._parts(entry) if entry.name in REPLAYED else []
+                num_replayed += bool(parts)
+                replies += [asyncio.create_task(self._scheduler.replies.ask(part)) for part in parts]
+                while len(replies) >= _MAX_REPLAYED_AT_ONCE:
+                    await replies.pop(0)
+            await asyncio.gather(*replies)
+        finally:
+            await asyncio.gather(*replies, return_exceptions=True)
         if num_replayed:
             self._snapshots.changed(run.run_id)
         return num_replayed
+
+    async def _parts(self, entry: JournaledFuture) -> Sequence[RunLoss | OptimStep]:
+        """What it did to the run's state, in the parts in which it was computed the first time."""
+        work = await self._futures.request(entry.future_id)
+        if isinstance(work, RunLoss) and work.backward:
+            return [part for part, _ in cut_loss(work, f"again-{entry.future_id}", self._engine.pass_tokens)]
+        return [work] if isinstance(work, OptimStep) else []
 
     async def _leave(self, run_id: str) -> bool:
         """Have a run leave the engine. False if it cannot be written down."""

@@ -61,5 +61,5 @@ class Residents:
 
     async def _load(self, directory: str, base_model: str) -> None:
         state = await self._checkpoints.read(directory, with_optimizer=False)
-        await self._scheduler.ask(LoadAdapter(directory, base_model, state, trainable=False))
+        await self._scheduler.replies.ask(LoadAdapter(directory, base_model, state, trainable=False))
         self.note(directory)

@@ -291,9 +291,9 @@ class Runs:
         """Put the run's adapter into the engine; from then on the run is live."""
         await self._residency.make_room(run)
         generation = self._engine.generation
-        await self._scheduler.ask(command)
+        await self._scheduler.replies.ask(command)
         if run.run_id not in self._open:  # unloaded meanwhile
-            await self._scheduler.ask(DropAdapter(run.run_id))
+            await self._scheduler.replies.ask(DropAdapter(run.run_id))
             raise RunLost(f"run {run.run_id} was unloaded before it could begin")
         self._residency.placed(run.run_id, generation)
         self._set_status(run, "live")

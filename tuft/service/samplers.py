@@ -195,7 +195,7 @@ class Samplers:
         cache_scope = tenant.tenant_id if sampler.inflight_run_id is None else sampler.sampler_id
         directory = await self._resident_directory(tenant, sampler)
         try:
-            result: SampleResult = await self._scheduler.ask(
+            result: SampleResult = await self._scheduler.replies.ask(
                 Sample(sampler.base_model, directory, call.spec, cache_scope, sample_id)
             )
         except asyncio.CancelledError:

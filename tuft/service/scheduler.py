@@ -26,6 +26,7 @@ from tuft.service.futures import Futures
 from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
 from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
 from tuft.service.refusals import Refusals
+from tuft.service.replies import Replies, Told
 from tuft.service.settlements import Settlement, failure, outcome
 from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
@@ -67,6 +68,7 @@ class Scheduler:
     def __init__(
         self, engine: Engine, futures: Futures, activity: Activity, seq_gap_timeout_s: float, held_bytes: int
     ) -> None:
+        self.replies = Replies(engine)
         self._engine = engine
         self._futures = futures
         self._activity = activity
@@ -225,11 +227,6 @@ class Scheduler:
     def span(self, future_id: str) -> Span:
         return self._spans[future_id]
 
-    async def ask(self, command: Command) -> Any:
-        """The engine's reply to one command, after everything submitted before it. Raises what it ended with."""
-        (reply,) = self._engine.submit([command])
-        return await asyncio.wrap_future(reply)
-
     def dispatch(self) -> None:
         """Something that operations waited for is there: start all that may start now."""
         self._queue.pass_tokens = self._engine.pass_tokens
@@ -308,21 +305,18 @@ class Scheduler:
         return task
 
     def _start(self, parts: Sequence[Part], filling: Pass | None) -> None:
-        batch = []
+        batch: list[tuple[Command, Told]] = []
         for part in parts:
             self._spans[part.operation.future_id].start()
             if isinstance(part.work, RunLoss | OptimStep):
-                batch.append((part, part.work))
+                in_pass = filling if isinstance(part.work, RunLoss) else None
+                batch.append((part.work, partial(self._answered, part, in_pass)))
             else:
                 self._spawn(self._run_barrier(part, part.work))
         if not batch:
             return
-        loop = asyncio.get_running_loop()
-        replies = self._engine.submit([command for _, command in batch])
-        for (part, _), reply in zip(batch, replies, strict=True):
-            in_pass = filling if isinstance(part.work, RunLoss) else None
-            self._num_unanswered += 1
-            reply.add_done_callback(partial(_on_loop, loop, self._answered, part, in_pass))
+        self._num_unanswered += len(batch)
+        self.replies.send(batch)
 
     def _answered(self, part: Part, in_pass: Pass | None, reply: Future[Any]) -> None:
         self._num_unanswered -= 1
@@ -405,12 +399,6 @@ def _num_parts(operation: Operation) -> int:
 
 async def _maybe_in_thread(is_large: bool, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if is_large else work()
-
-
-def _on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> None:
-    """Call back on ``loop``, from the engine's thread."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped, and nobody waits any more
-        loop.call_soon_threadsafe(callback, *args)
 
 
 _HOW_TO_GO_ON = (

@@ -48,7 +48,7 @@ class Sessions:
         project_id: str | None = None,
         session_id: str | None = None,
     ) -> Session:
-        """Raises Forbidden for a project of others. ``session_id`` must be one that no one has; left out, it is."""
+        """Raises InvalidInput for what can be no project. ``session_id`` must be one that no one has; left out, it is."""
         session = Session(
             session_id=session_id or str(uuid4()),
             tenant_id=tenant.tenant_id,
@@ -113,7 +113,7 @@ class Sessions:
         self._heard_at_s[session_id] = -math.inf
 
     def assign(self, tenant: Tenant, session_id: str, project_id: str) -> None:
-        """Move the tenant's session, with all that was made in it, into a project. Raises NotFound or Forbidden."""
+        """Move the tenant's session, with all that was made in it, into a project. Raises NotFound or InvalidInput."""
         session = self.find(tenant, session_id, accessible=False)
         session = replace(session, project_id=self._projects.placed(tenant, project_id))
         self._catalog.assign(session_id, session.project_id)
@@ -131,8 +131,8 @@ class Sessions:
     async def search(
         self, tenant: Tenant, search: SessionSearch
     ) -> tuple[Sequence[SessionSummary], tuple[datetime, str] | None]:
-        """One page of what the tenant may see, newest first, and where the next begins. Raises Forbidden if it names a
-        project of others."""
+        """One page of what the tenant may see, newest first, and where the next begins. Raises InvalidInput for what can
+        be no project."""
         for project_id in search.project_ids or ():
             self._projects.check(tenant, project_id)
         shared, since = self._projects.shared_with(tenant), now() - _RUNNING

@@ -78,7 +78,7 @@ class Snapshots:
             return False
         changed_at_s = self._changed_at_s.pop(run.run_id, None)
         try:
-            state = await self._scheduler.ask(ExportAdapter(run.run_id, with_optimizer=True))
+            state = await self._scheduler.replies.ask(ExportAdapter(run.run_id, with_optimizer=True))
             await self.write(run, seq, state)
         except TuftError:
             self._changed_at_s[run.run_id] = changed_at_s or time.monotonic()
