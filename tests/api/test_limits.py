@@ -229,7 +229,9 @@ def test_every_limit_of_a_request_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "case"), [(limit, case) for limit, cases in CASES.items() for case in cases], ids=lambda value: str(value)
+    ("limit", "case"),
+    [(limit, case) for limit, cases in CASES.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) else "case",
 )
 def test_what_is_over_a_limit_is_refused_with_its_number(
     alice: Alice, limit: str, case: Callable[[Alice], str]

@@ -211,8 +211,8 @@ def test_a_run_created_from_a_checkpoint_continues_it(server: Served, session_id
     got = result(server.alice, post_proto(server.alice, proto_body(other_id, 1, [datum(TOKENS)])))
     assert got["metrics"] == expected["metrics"]
 
-    for optimizer in ({"optimizer": True}, {"optimizer": False}, {}):
-        back = post(server.alice, "load_weights", model_id=run_id, seq_id=5, path=saved["path"], **optimizer)
+    for seq, optimizer in enumerate(({"optimizer": True}, {"optimizer": False}, {}), 5):
+        back = post(server.alice, "load_weights", model_id=run_id, seq_id=seq, path=saved["path"], **optimizer)
         assert result(server.alice, back)["model_id"] == run_id
 
 

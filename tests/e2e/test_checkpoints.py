@@ -195,7 +195,7 @@ def test_a_copy_in_a_shared_project_is_for_its_members_and_outlives_its_source(
     with pytest.raises(tinker.NotFoundError):
         stranger.copy_weights(copy, TEAM).result()
     rest.publish_checkpoint_from_tinker_path(copy).result()
-    label = stranger.copy_weights(copy, TEAM).result().tinker_path  # no member: to them it is a name like any other
+    label = stranger.copy_weights(copy, TEAM).result()  # no member: to them it is a name like any other
     assert label not in str(theirs.list_training_runs(access_scope="accessible", project_id=TEAM).result())
 
 

@@ -143,16 +143,17 @@ def test_a_retry_gets_the_first_calls_loss(client: tinker.ServiceClient, tiny_se
     created = client.create_custom_loss(second, {"logprobs": 1}).result()
     assert created.loss_id is not None
     session_id, _, number = created.loss_id.split(":")
-    body = {"session_id": session_id, "custom_loss_seq_id": int(number), "name": "again", "inputs": []}
+    body = {"session_id": session_id, "custom_loss_seq_id": int(number) + 1, "name": "again", "inputs": []}
     headers = {"X-API-Key": tiny_server.key}
     with httpx.Client(base_url=f"{tiny_server.url}/api/v1", headers=headers) as http:
         request_ids = {
             http.post("/create_custom_loss", json={**body, "graph": {"nodes": []}}).json()["request_id"]
             for _ in range(2)
         }
-        (request_id,) = request_ids
-        answer = http.post("/retrieve_future", json={"request_id": request_id}).json()
-    assert answer == {"type": "create_custom_loss", "loss_id": created.loss_id}
+        assert len(request_ids) == 1
+        other = http.post("/create_custom_loss", json={**body, "name": "other", "graph": {"nodes": []}})
+    assert other.status_code == 400
+    assert "was used by another request" in other.json()["detail"]
 
 
 def test_a_body_of_nothing_but_brackets_is_refused(tiny_server: LiveServer) -> None:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from pathlib import Path
 
 import pytest
 
+from tests.service.parts import accepted, make_futures
 from tuft.records import SamplingClient
 from tuft.service.completions import Completions
-from tuft.service.futures import Futures
-from tuft.store.awaited import AwaitedSamples
 from tuft.store.db import Database, open_database
 from tuft.types import Failure
 
@@ -26,16 +27,13 @@ def database(database_url: str) -> Iterator[Database]:
 class Rig:
     """One life of a server."""
 
-    def __init__(self, database: Database, retention_s: float = 60.0) -> None:
-        self.awaited = AwaitedSamples(database)
-        self.futures = Futures(
-            read_retention_s=retention_s, unread_retention_s=retention_s, max_pending_per_tenant=1000
-        )
-        self.completions = Completions(self.futures, self.awaited, lost_retention_s=retention_s)
-        self.completions.start()
+    def __init__(self, database: Database, home: Path, retention_s: float = 60.0) -> None:
+        self.futures = make_futures(database, home, read_retention_s=retention_s, unread_retention_s=retention_s)
+        self.completions = Completions(self.futures)
+        self._seqs = count()
 
-    def sample(self, client: SamplingClient = FIRST) -> str:
-        request_id = self.futures.create("tenant")
+    async def sample(self, client: SamplingClient = FIRST) -> str:
+        request_id = await accepted(self.futures, next(self._seqs))
         self.completions.expect(request_id, client)
         return request_id
 
@@ -44,17 +42,24 @@ class Rig:
             self.futures.settle(request_id, DONE)
             self.completions.note_end(request_id)
 
+    async def sweep(self) -> None:
+        await self.futures.writing.flush()
+        self.completions.forget(await self.futures.sweep())
+        self.completions.sweep()
+
     async def poll(self, cursor: int, client: SamplingClient = FIRST, hold_s: float = 0.0) -> tuple[list[str], int]:
         return await self.completions.poll(client, cursor, hold_s)
 
 
 @pytest.fixture
-def rig(database: Database) -> Rig:
-    return Rig(database)
+async def rig(database: Database, tmp_path: Path) -> AsyncIterator[Rig]:
+    running = Rig(database, tmp_path)
+    yield running
+    running.futures.writing.close()
 
 
 async def test_a_poll_tells_what_has_ended_since_its_cursor_in_order(rig: Rig) -> None:
-    a, b, c, _pending = (rig.sample() for _ in range(4))
+    a, b, c, _pending = [await rig.sample() for _ in range(4)]
     rig.end(b, a)
     told, cursor = await rig.poll(0)
     assert told == [b, a]
@@ -66,7 +71,7 @@ async def test_a_poll_tells_what_has_ended_since_its_cursor_in_order(rig: Rig) -
 
 
 async def test_an_answer_that_was_lost_is_given_again(rig: Rig) -> None:
-    a, b = rig.sample(), rig.sample()
+    a, b = [await rig.sample() for _ in range(2)]
     rig.end(a)
     first = await rig.poll(0)
     assert await rig.poll(0) == first
@@ -76,7 +81,7 @@ async def test_an_answer_that_was_lost_is_given_again(rig: Rig) -> None:
 
 
 async def test_a_held_poll_is_answered_by_the_first_end_and_by_the_end_of_the_server(rig: Rig) -> None:
-    a, _pending = rig.sample(), rig.sample()
+    a, _pending = [await rig.sample() for _ in range(2)]
     polls = [asyncio.create_task(rig.poll(0, hold_s=30.0)) for _ in range(2)]
     await asyncio.sleep(0.01)
     rig.end(a)
@@ -90,7 +95,7 @@ async def test_a_held_poll_is_answered_by_the_first_end_and_by_the_end_of_the_se
 
 
 async def test_each_client_hears_of_its_own_samples_only(rig: Rig) -> None:
-    mine, clones, others = rig.sample(), rig.sample(CLONE), rig.sample(OTHER)
+    mine, clones, others = await rig.sample(), await rig.sample(CLONE), await rig.sample(OTHER)
     rig.end(mine, clones, others)
     assert [(await rig.poll(0, client))[0] for client in (FIRST, CLONE, OTHER)] == [[mine], [clones], [others]]
 
@@ -100,55 +105,46 @@ def test_a_clients_samples_are_known_by_their_seq() -> None:
     assert SamplingClient.of_seq("s:sample:0", 7_000_000_000) == CLONE
 
 
-async def test_results_that_were_fetched_are_freed_but_only_those_of_the_client(rig: Rig) -> None:
-    mine, pending, others = rig.sample(), rig.sample(), rig.sample(OTHER)
+async def test_results_that_were_fetched_are_forgotten_but_only_those_of_the_client(
+    database: Database, tmp_path: Path
+) -> None:
+    rig = Rig(database, tmp_path)
+    rig.futures.retention._read_s = 0.0
+    mine, pending, others = await rig.sample(), await rig.sample(), await rig.sample(OTHER)
     rig.end(mine, others)
     rig.completions.free(FIRST, [mine, pending, others, "nonsense"])
-    assert [rig.futures.known(request_id) for request_id in (mine, pending, others)] == [False, True, True]
-    rig.completions.free(FIRST, [mine])
+    await rig.sweep()
+    assert [rig.futures.ended(request_id) is None for request_id in (mine, pending, others)] == [True, True, False]
     rig.end(pending)
     assert (await rig.poll(0))[0] == [pending]
+    rig.futures.writing.close()
 
 
-async def test_what_is_no_longer_kept_is_forgotten(database: Database) -> None:
-    rig = Rig(database, retention_s=0.0)
-    unread, pending = rig.sample(), rig.sample()
+async def test_what_is_no_longer_kept_is_forgotten(database: Database, tmp_path: Path) -> None:
+    rig = Rig(database, tmp_path, retention_s=0.0)
+    unread, pending = [await rig.sample() for _ in range(2)]
     rig.end(unread)
-    rig.futures.sweep()
-    rig.completions.sweep()
-    assert set(rig.awaited.all()) == {pending}
+    await rig.sweep()
     told, cursor = await rig.poll(0)
     assert told == []
-    rig.completions.sweep()  # nothing is left of the log, and a later one counts on
+    await rig.sweep()  # nothing is left of the log, and a later one counts on
     rig.end(pending)
     assert await rig.poll(cursor, hold_s=1.0) == ([pending], (await rig.poll(cursor))[1])
     assert (await rig.poll(cursor))[1] > cursor
+    rig.futures.writing.close()
 
 
-async def test_after_a_restart_a_client_is_told_of_what_is_lost_and_goes_on(rig: Rig, database: Database) -> None:
-    told, pending, ended = (rig.sample() for _ in range(3))
-    rig.end(told)
-    _, cursor = await rig.poll(0)
-    await rig.poll(cursor)  # it knows
-    rig.completions.sweep()
+async def test_a_cursor_of_an_earlier_server_is_told_everything_again(
+    rig: Rig, database: Database, tmp_path: Path
+) -> None:
+    ended = await rig.sample()
     rig.end(ended)
-
-    later = Rig(database)
-    lost, cursor = await later.poll(cursor)
-    assert set(lost) == {pending, ended}
-    assert [later.futures.peek(request_id) for request_id in lost] == [None, None]
-    new = later.sample()
-    later.end(new)
-    assert (await later.poll(cursor))[0] == [new]
-    later.completions.sweep()
-    assert set(later.awaited.all()) == {new}
-
-
-async def test_what_is_lost_is_not_told_for_ever(rig: Rig, database: Database) -> None:
-    lost = rig.sample()
-    later = Rig(database, retention_s=0.0)
-    assert set(later.awaited.all()) == {lost}
-    later.completions.sweep()
-    later.completions.sweep()
-    assert later.awaited.all() == {}
-    assert (await later.poll(0))[0] == []
+    _, cursor = await rig.poll(0)
+    await rig.sweep()
+    later = Rig(database, tmp_path)
+    later.completions.expect(ended, FIRST)
+    later.completions.note_end(ended)
+    told, newer = await later.poll(cursor)
+    assert told == [ended]
+    assert newer > cursor
+    later.futures.writing.close()

@@ -7,10 +7,9 @@ import json
 import pytest
 
 from tests.service.conftest import Settled
-from tuft.errors import InvalidInput, NotFound
+from tuft.errors import InvalidInput, NotFound, SeqReused
 from tuft.losses import CustomLoss
 from tuft.records import Run, Session, Tenant, now
-from tuft.service import custom_losses
 from tuft.service.services import Services
 from tuft.types import CustomLossCreated, Failure, LoraSpec
 
@@ -32,8 +31,10 @@ async def test_a_loss_is_created_once_and_named_by_the_runs_of_its_session(
     services: Services, alice: Tenant, session: Session, settled: Settled
 ) -> None:
     losses = services.custom_losses
-    future_id = losses.create(alice, session.session_id, 0, LOSS)
-    assert losses.create(alice, session.session_id, 0, BAD) == future_id  # a retry
+    future_id = await losses.create(alice, session.session_id, 0, LOSS)
+    assert await losses.create(alice, session.session_id, 0, LOSS) == future_id  # a retry
+    with pytest.raises(SeqReused):
+        await losses.create(alice, session.session_id, 0, BAD)
     created = await settled(future_id)
     assert isinstance(created, CustomLossCreated)
     config = {"loss_id": created.loss_id}
@@ -43,16 +44,6 @@ async def test_a_loss_is_created_once_and_named_by_the_runs_of_its_session(
         losses.named_by(run_of(other), config)
     with pytest.raises(InvalidInput, match="loss_fn_config.loss_id: got 7"):
         losses.named_by(run_of(session), {"loss_id": 7})
-
-
-async def test_a_retry_after_a_restart_finds_the_loss(
-    services: Services, alice: Tenant, session: Session, settled: Settled
-) -> None:
-    created = await settled(await services.custom_losses.create(alice, session.session_id, 3, LOSS))
-    again = custom_losses.CustomLosses(
-        services.custom_losses._table, services.custom_losses._scheduler, services.sessions, 128
-    )
-    assert await settled(again.create(alice, session.session_id, 3, BAD)) == created
 
 
 async def test_what_the_engine_refuses_is_not_kept(
@@ -75,7 +66,7 @@ async def test_another_tenants_session_is_not_found(services: Services, session:
 async def test_a_session_has_so_many_losses_and_no_more(
     services: Services, alice: Tenant, session: Session, settled: Settled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(await services.custom_losses, "_max_losses", 2)
+    monkeypatch.setattr(services.custom_losses, "_max_losses", 2)
     results = [await settled(await services.custom_losses.create(alice, session.session_id, i, LOSS)) for i in range(3)]
     assert [isinstance(result, CustomLossCreated) for result in results] == [True, True, False]
     assert "2 custom losses; limits.max_custom_losses is 2" in str(results[2])

@@ -48,8 +48,8 @@ class Client:
 
     async def step(self) -> None:
         operations, who = self.services.operations, (self.tenant, self.run_id)
-        operations.forward_backward(*who, self.next_seq(), (DATUM,), "cross_entropy", {}, True)
-        await self.settled(operations.optim_step(*who, self.next_seq(), AdamParams(learning_rate=0.1)))
+        await operations.forward_backward(*who, self.next_seq(), (DATUM,), "cross_entropy", {}, True)
+        await self.settled(await operations.optim_step(*who, self.next_seq(), AdamParams(learning_rate=0.1)))
 
     async def save(self, kind: str = "snapshot", name: str | None = None) -> str:
         """A sampler's id, or the path of a checkpoint."""
@@ -131,7 +131,10 @@ async def test_an_inflight_request_that_has_begun_keeps_its_weights(client: Clie
     running = await client.sample(sampler_id, spec)
     await client.step()
     await client.save("inflight")
-    began_before, began_after = await client.settled(running), await client.settled(await client.sample(sampler_id, spec))
+    began_before, began_after = (
+        await client.settled(running),
+        await client.settled(await client.sample(sampler_id, spec)),
+    )
     assert isinstance(expected, SampleResult)
     assert isinstance(began_before, SampleResult)
     assert isinstance(began_after, SampleResult)
@@ -152,7 +155,7 @@ async def test_inflight_weights_that_are_replaced_while_they_load_are_not_missed
         loading = await client.sample(sampler_id)
         for _ in range(number):
             await asyncio.sleep(0)
-        await services.samplers.add_inflight(run, number, new)
+        await services.samplers.add_saved(run, number, new, number, is_inflight=True)
         assert isinstance(await client.settled(loading), SampleResult)
         assert not (services.config.home / "checkpoints" / old).exists()
         old = new
@@ -204,7 +207,7 @@ async def test_a_number_that_is_taken_leaves_nothing_on_disk(client: Client) -> 
     operations = client.services.operations
     seq = client.next_seq()
     failed = await client.settled(
-        operations.save_weights_for_sampler(client.tenant, client.run_id, seq, None, 101, None, {})
+        await operations.save_weights_for_sampler(client.tenant, client.run_id, seq, None, 101, None, {})
     )
     assert failed == Failure("sampling_session_seq_id: got 101; is taken in this session", "user")
     assert len(directories(client.services)) == 1
@@ -269,7 +272,8 @@ async def test_the_clients_of_a_session_hear_of_their_own_samples(client: Client
     numbers = [samplers.join(client.tenant, sampler_id) for _ in range(3)]
     assert numbers == [1, 2, 3]
     sent = {
-        number: (await samplers.sample(client.tenant, sampler_id, number * 1_000_000_000, SCORE))[0] for number in (0, *numbers)
+        number: (await samplers.sample(client.tenant, sampler_id, number * 1_000_000_000, SCORE))[0]
+        for number in (0, *numbers)
     }
     for number, future_id in sent.items():
         poll = client.services.completions.poll(SamplingClient(sampler_id, number), 0, 30.0)

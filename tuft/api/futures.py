@@ -15,8 +15,9 @@ from tuft.api.inflight import Bounded, HeldResponse
 from tuft.config import LimitsSection
 from tuft.records import Outcome, SamplingClient
 from tuft.service.futures import Pending
+from tuft.service.settlements import size_bytes
 from tuft.turns import Turns
-from tuft.types import Failure, Float32Array, LossResult, Matrix, SampleResult, TokenLogprobs
+from tuft.types import Failure, LossResult, SampleResult
 
 router = APIRouter(tags=["futures"])
 
@@ -70,7 +71,7 @@ async def retrieve_future(
         return JSONResponse(_try_again(request_id, settled), status_code=408)
     if isinstance(settled, Failure):
         return JSONResponse({"error": settled.message, "category": settled.category})
-    num_bytes = _size_bytes(settled) if isinstance(settled, LossResult | SampleResult) else 0
+    num_bytes = size_bytes(settled)
     accepted = request.headers.get("accept", "")
     as_protobuf = isinstance(settled, LossResult | SampleResult) and results.PROTOBUF in accepted
     hold = await inflight.take(tenant.tenant_id, num_bytes * (1 if as_protobuf else _JSON_BYTES_OF_ONE))
@@ -118,18 +119,3 @@ def _try_again(request_id: str, pending: Pending) -> dict[str, Any]:
         "queue_state": pending.state,
         "queue_state_reason": pending.reason,
     }
-
-
-def _size_bytes(result: LossResult | SampleResult) -> int:
-    if isinstance(result, LossResult):
-        return sum(logprobs.nbytes for logprobs in result.logprobs)
-    arrays: list[Float32Array | TokenLogprobs | Matrix | None] = [
-        result.prompt_logprobs_P,
-        result.topk_prompt,
-        result.target_prompt_logprobs,
-        result.prompt_alternatives,
-        *(sequence.topk for sequence in result.sequences),
-    ]
-    return sum(array.nbytes for array in arrays if array is not None) + sum(
-        sequence.tokens_N.nbytes + sequence.logprobs_N.nbytes for sequence in result.sequences
-    )

@@ -74,11 +74,16 @@ class Completions:
 
     def free(self, client: SamplingClient, request_ids: Collection[str]) -> None:
         """Results that ``client`` has fetched. Ids of others, or of samples under way, change nothing."""
-        fetched = [request_id for request_id in request_ids if self._client_of.get(request_id) == client]
+        fetched = [
+            request_id
+            for request_id in request_ids
+            if self._client_of.get(request_id) == client and not self._futures.is_pending(request_id)
+        ]
         self._futures.retention.deliver(fetched)
+        self.forget(fetched)
 
     def forget(self, request_ids: Collection[str]) -> None:
-        """Their results are no longer kept."""
+        """Nobody needs to be told of them any more: they were fetched, or are no longer kept."""
         for request_id in request_ids:
             client = self._client_of.pop(request_id, None)
             if client in self._logs:

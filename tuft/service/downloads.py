@@ -63,9 +63,11 @@ class Downloads:
     async def follow(self, link: Link) -> Download:
         """What is at its end. Raises NotFound for a link that is forged, has expired, or leads nowhere any more."""
         checkpoint = self._checkpoints.at(link.path)
-        if checkpoint is None or not self._signer.verifies(
-            link.signature, *_signed(checkpoint, link.file), expires_at_s=link.expires_at_s
-        ):
+        directory = "" if checkpoint is None else checkpoint.directory  # the same work whether there is one or not
+        is_ours = self._signer.verifies(
+            link.signature, *_signed(link.path, link.file, directory), expires_at_s=link.expires_at_s
+        )
+        if checkpoint is None or not is_ours:
             error = NotFound("this link is not one of this server's, or is no longer good; ask for a new one")
             raise refusing("link", str(link.path), error)
         with ExitStack() as held:
@@ -85,9 +87,9 @@ class Downloads:
 
     def _link(self, checkpoint: Checkpoint, file: str) -> Link:
         expires_at_s = int(time.time()) + LINK_LIFETIME_S
-        signature = self._signer.sign(*_signed(checkpoint, file), expires_at_s=expires_at_s)
+        signature = self._signer.sign(*_signed(checkpoint.path, file, checkpoint.directory), expires_at_s=expires_at_s)
         return Link(checkpoint.path, file, expires_at_s, signature)
 
 
-def _signed(checkpoint: Checkpoint, file: str) -> tuple[str, ...]:
-    return str(checkpoint.path), file, checkpoint.directory
+def _signed(path: CheckpointPath, file: str, directory: str) -> tuple[str, ...]:
+    return str(path), file, directory

@@ -20,7 +20,7 @@ from tuft.metering import Charge, UsageKey
 from tuft.records import FutureKey, JournaledFuture, Outcome, Tenant, now
 from tuft.service.quotas import Quotas
 from tuft.service.retention import Retention
-from tuft.service.settlements import Settlement, outcome_of
+from tuft.service.settlements import Settlement, outcome_of, size_bytes
 from tuft.service.writing import Writing
 from tuft.store.journal import Accepted, Journal, Note, Settled
 
@@ -218,10 +218,10 @@ class Futures:
         entry.cancel()
 
     def ended(self, future_id: str) -> tuple[Outcome, int] | None:
-        """How it ended, and the bytes of its result; None while it is pending, or once its result is not kept."""
+        """How it ended, and about how many bytes its result has; None while it is pending, or once its result is not kept."""
         entry = self._entries.get(future_id)
         if entry is not None:
-            return None if entry.result is None else (outcome_of(entry.result), self._cached.get(future_id, 0))
+            return None if entry.result is None else (outcome_of(entry.result), size_bytes(entry.result))
         known = self._journal.future(future_id)
         if known is None or known.outcome is None or known.result_bytes is None:
             return None

@@ -61,7 +61,7 @@ from tuft.types import BaseModelInfo
 
 log = structlog.get_logger(__name__)
 
-_SWEEP_INTERVAL_S = 5.0
+_SWEEP_INTERVAL_S, _SWEEP_PAUSE_S = 5.0, 0.05
 _SHARE_OF_MEMORY = 0.4
 
 
@@ -212,6 +212,7 @@ class Services:
                     sweep()
                 except StorageError as error:  # the next round may do better
                     log.error("housekeeping failed", error=str(error))
+                await asyncio.sleep(_SWEEP_PAUSE_S)  # each may have waited for the database
             try:
                 self.completions.forget(await self.futures.sweep())
             except StorageError as error:

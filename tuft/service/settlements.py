@@ -8,7 +8,7 @@ import structlog
 
 from tuft.errors import EngineDied, ServerError, TuftError
 from tuft.records import Outcome
-from tuft.types import Failure, FutureResult
+from tuft.types import Failure, Float32Array, FutureResult, LossResult, Matrix, SampleResult, TokenLogprobs
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +31,26 @@ async def outcome(work: Awaitable[FutureResult]) -> Settlement:
 
 def failure(error: TuftError) -> Failure:
     return Failure(error.told, "user" if error.category == "user" else "server", error.refused)
+
+
+def size_bytes(result: Settlement) -> int:
+    """Of its arrays."""
+    match result:
+        case LossResult():
+            return sum(logprobs.nbytes for logprobs in result.logprobs)
+        case SampleResult():
+            arrays: list[Float32Array | TokenLogprobs | Matrix | None] = [
+                result.prompt_logprobs_P,
+                result.topk_prompt,
+                result.target_prompt_logprobs,
+                result.prompt_alternatives,
+                *(sequence.topk for sequence in result.sequences),
+            ]
+            return sum(array.nbytes for array in arrays if array is not None) + sum(
+                sequence.tokens_N.nbytes + sequence.logprobs_N.nbytes for sequence in result.sequences
+            )
+        case _:
+            return 0
 
 
 def outcome_of(result: Settlement) -> Outcome:

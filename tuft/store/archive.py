@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 from tuft.errors import StorageError
+from tuft.store.confined import open_plain, plain_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _PART_BYTES = 2**20
@@ -23,13 +25,13 @@ class Archive:
 
     @classmethod
     def of(cls, files: Mapping[str, Path | None]) -> Archive:
-        """Raises StorageError if a file is not there."""
+        """Raises StorageError if a file is not there, Damaged if it is a link or a device."""
         members = []
         for name, path in files.items():
             info = tarfile.TarInfo(name)
             if path is not None:
                 try:
-                    status = path.stat()
+                    status = plain_file(path)
                 except OSError as error:
                     raise StorageError(f"{path} cannot be read: {error.strerror}") from error
                 info.size, info.mtime = status.st_size, int(status.st_mtime)
@@ -43,11 +45,18 @@ class Archive:
     def parts(self) -> Iterator[bytes]:
         """All its bytes, in order. The files are opened at once: one that is deleted meanwhile is read to its end."""
         with ExitStack() as stack:
-            files = [stack.enter_context(path.open("rb") if path else BytesIO()) for _, path in self.members]
+            files = [
+                stack.enter_context(os.fdopen(open_plain(path), "rb") if path else BytesIO())
+                for _, path in self.members
+            ]
             for (info, _), file in zip(self.members, files, strict=True):
                 yield info.tobuf()
-                while part := file.read(_PART_BYTES):
+                left = info.size
+                while part := file.read(min(_PART_BYTES, left)):
+                    left -= len(part)
                     yield part
+                if left:
+                    raise StorageError(f"{info.name} became shorter while it was sent")
                 yield bytes(_padding(info.size))
             yield bytes(2 * _BLOCK)
 

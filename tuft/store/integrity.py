@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from tuft.errors import Damaged, StorageError
 from tuft.store.age import SUFFIX
+from tuft.store.confined import confined
 
 ADAPTER, CONFIG, COMPLETE = "adapter_model.safetensors", "adapter_config.json", "checkpoint_complete"
 """What is handed out; clients look for the last to know that they have everything."""
@@ -48,7 +49,7 @@ def check_present(root: Path, stored: Stored, *, without: frozenset[str] = froze
 
     Raises Damaged naming the file, or StorageError if the disk does not answer.
     """
-    path = root / stored.directory
+    path = confined(root, stored.directory)
     manifest = _manifest(root, stored)
     if not manifest:
         _check_without_manifest(root, stored)

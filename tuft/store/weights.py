@@ -33,7 +33,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tuft.errors import Damaged, StorageError
-from tuft.store.age import encrypt
+from tuft.store.age import SUFFIX, encrypt
+from tuft.store.confined import confined, plain_file
 from tuft.store.integrity import (
     ADAPTER,
     COMPLETE,
@@ -47,6 +48,7 @@ from tuft.store.integrity import (
 )
 from tuft.types import LORA_ALPHA, AdapterState, Float32Array, LoraSpec
 
+_HANDED_OUT = {ADAPTER, CONFIG, COMPLETE}
 _PARTIAL = ".partial-"
 _FILE_BYTES, _TENSOR_BYTES = 2**14, 512
 """What a file takes beside its tensors, and a tensor beside its numbers, at most."""
@@ -148,16 +150,19 @@ def read_adapter(root: Path, directory: str, *, with_optimizer: bool, digest: st
 def files_to_hand_out(root: Path, directory: str) -> dict[str, Path]:
     """The files under ``root/directory`` that its readers may download, by name. Raises StorageError."""
     try:
-        paths = sorted((root / directory).iterdir())
+        paths = sorted(confined(root, directory).iterdir())
+        found = {path.name: path for path in paths if path.name.removesuffix(SUFFIX) in _HANDED_OUT}
+        for path in found.values():
+            plain_file(path)
     except OSError as error:
         raise StorageError(f"{directory} cannot be read: {error.strerror}") from error
-    return {path.name: path for path in paths if path.name not in (OPTIMIZER, MANIFEST)}
+    return found
 
 
 def delete_adapter(root: Path, directory: str) -> None:
     """Whoever has its files open reads on. Of a deletion that dies half-way the sweep deletes the rest."""
-    doomed = root / directory
-    with suppress(OSError):
+    with suppress(OSError, Damaged):
+        doomed = confined(root, directory)
         shutil.rmtree(doomed.rename(doomed.with_name(f"{_PARTIAL}{doomed.name}-{token_hex(4)}")), ignore_errors=True)
 
 
