@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tuft.errors import ConfigError
+from tuft.sections import FairnessSection, JournalSection, PricesSection, QuotasSection, Section, StorageSection
 
 API_KEY_PREFIX = "tml-"
 """The SDK refuses keys without it (since 0.8.1), so no other key is ever minted or accepted."""
@@ -29,11 +30,7 @@ DEFAULT_PROJECT = "default"
 """Every tenant's own project: that of sessions which name none."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ServerSection(_Section):
+class ServerSection(Section):
     """Where the server listens, and how long it waits."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
@@ -57,7 +54,7 @@ class ServerSection(_Section):
     keep_alive_s: float = Field(75.0, gt=0, description="how long a connection may stay open between requests")
 
 
-class BaseModelSection(_Section):
+class BaseModelSection(Section):
     """A base model that tenants may train on and sample from."""
 
     name: str = Field(min_length=1, description="the name that clients use, e.g. Qwen/Qwen3-4B-Instruct-2507")
@@ -72,7 +69,7 @@ class BaseModelSection(_Section):
     )
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     """How the engine computes."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -106,7 +103,7 @@ class EngineSection(_Section):
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
 
 
-class LimitsSection(_Section):
+class LimitsSection(Section):
     """What one request may ask for."""
 
     max_rank: int = Field(256, ge=1, description="largest LoRA rank")
@@ -162,78 +159,7 @@ class LimitsSection(_Section):
     seq_gap_timeout_s: float = Field(330.0, ge=1, description="how long an operation waits for a missing earlier seq")
 
 
-class QuotasSection(_Section):
-    """What each tenant may have, unless ``tuft quota set`` says otherwise; without a value there is no limit. Further
-    ones are ``limits.max_runs_per_tenant`` and ``limits.max_pending_per_tenant``."""
-
-    requests_per_s: float | None = Field(
-        None, gt=0, description="requests a second, but for those that only wait for results or keep a session alive"
-    )
-    resident_bytes: int | None = Field(None, ge=0, description="memory of the adapters and optimizers of loaded runs")
-    stored_bytes: int | None = Field(None, ge=0, description="size of all checkpoints")
-    tokens_per_day: int | None = Field(
-        None, ge=0, description="tokens trained, prefilled and sampled in a day (UTC), those of waiting work included"
-    )
-    spend_per_day: float | None = Field(None, ge=0, description="cost of a day (UTC), in prices.currency")
-    spend_per_month: float | None = Field(None, ge=0, description="cost of a calendar month (UTC)")
-    spend_total: float | None = Field(None, ge=0, description="cost of everything")
-    pause_s: float = Field(
-        32 * 86_400.0,
-        ge=0,
-        description="how long the SDK (0.20 and newer) waits for a cap on tokens or spending to be lifted, rather than "
-        "to raise BillingError",
-    )
-
-
-class ModelPriceSection(_Section):
-    """Prices of one base model, where they are not those of all."""
-
-    train: float | None = Field(None, ge=0, le=1e6, description="the base model's own price, as prices.train")
-    prefill: float | None = Field(None, ge=0, le=1e6, description="as prices.prefill")
-    cached_prefill: float | None = Field(None, ge=0, le=1e6, description="as prices.cached_prefill")
-    sample: float | None = Field(None, ge=0, le=1e6, description="as prices.sample")
-    storage: float | None = Field(None, ge=0, le=1e6, description="as prices.storage")
-
-
-class PricesSection(_Section):
-    """What things cost. A price of 0 costs nothing, and the API's costs are then null."""
-
-    currency: str = Field("USD", min_length=1, max_length=8, description="of all prices and spend caps")
-    train: float = Field(0.0, ge=0, le=1e6, description="a million tokens trained (forward or forward_backward)")
-    prefill: float = Field(0.0, ge=0, le=1e6, description="a million tokens of prompts")
-    cached_prefill: float = Field(0.0, ge=0, le=1e6, description="a million prompt tokens found in the prefix cache")
-    sample: float = Field(0.0, ge=0, le=1e6, description="a million tokens sampled")
-    storage: float = Field(0.0, ge=0, le=1e6, description="a gigabyte (10^9 bytes) of checkpoints for 720 hours")
-    models: dict[str, ModelPriceSection] = Field({}, description="by the name of a base model")
-
-
-class JournalSection(_Section):
-    """What is acknowledged is on the disk; this says how much of it is in memory, too, and how soon a run is back after
-    a crash."""
-
-    snapshot_interval_s: float = Field(
-        60.0,
-        gt=0,
-        description="a run that changes is written down again after so long; what the engine computed since is "
-        "computed again after a crash, so this is about the longest that takes",
-    )
-    held_request_bytes: int = Field(
-        2**29, ge=0, description="training data of waiting operations kept in memory; beyond that they wait on the disk"
-    )
-    cached_result_bytes: int = Field(2**27, ge=0, description="results kept in memory, although they are on the disk")
-
-
-class StorageSection(_Section):
-    """How saved weights are kept."""
-
-    min_free_bytes: int = Field(
-        2**26, ge=0, description="a save that would leave less of the disk free is refused: the database needs room"
-    )
-    verify_interval_days: float = Field(7.0, gt=0, description="how often every checkpoint is read through")
-    verify_bytes_per_s: float = Field(2**24, gt=0, description="how fast that is done at most, on average")
-
-
-class KeySection(_Section):
+class KeySection(Section):
     """An API key given by the configuration. ``tuft key create`` makes better ones: they are stored hashed."""
 
     tenant: str = Field(min_length=1, max_length=64, description="whose key it is")
@@ -250,7 +176,7 @@ class KeySection(_Section):
         return key
 
 
-class ProjectSection(_Section):
+class ProjectSection(Section):
     """A project that several tenants share. An id that no section lists is the private label of whoever uses it."""
 
     project_id: str = Field(min_length=1, max_length=128, description="the id that clients give as project_id")
@@ -283,6 +209,7 @@ class Config(BaseSettings):
     server: ServerSection = ServerSection()
     engine: EngineSection = EngineSection()
     limits: LimitsSection = LimitsSection()
+    fairness: FairnessSection = FairnessSection()
     journal: JournalSection = JournalSection()
     storage: StorageSection = StorageSection()
     quotas: QuotasSection = QuotasSection()

@@ -146,9 +146,7 @@ def _operation(shape: Shape, name: str, turn: int, rng: np.random.Generator) -> 
     ]
 
 
-def _datum(
-    shape: Shape, length: int, beginning: np.ndarray, loss_fn: str, rng: np.random.Generator
-) -> Datum:
+def _datum(shape: Shape, length: int, beginning: np.ndarray, loss_fn: str, rng: np.random.Generator) -> Datum:
     tokens_T = np.concatenate([beginning, rng.integers(0, shape.vocab_size, length)])
     size = (len(tokens_T), 3) if loss_fn == "cross_entropy" and rng.integers(0, 6) == 0 else (len(tokens_T),)
     inputs: dict[str, np.ndarray] = {"target_tokens": rng.integers(0, shape.vocab_size, size)}
@@ -183,7 +181,9 @@ def _sample(shape: Shape, adapter_id: str | None, rng: np.random.Generator) -> S
     scoring = PromptScoring(logprobs=True, topk=3) if rng.integers(0, 2) else PromptScoring()
     topk = 4 if rng.integers(0, 3) == 0 else 0
     spec = SampleSpec(tuple(prompt.tolist()), params, int(rng.choice([1, 3])), topk, scoring)
-    return Sample(shape.base_model, adapter_id, spec, cache_scope="tenant" if rng.integers(0, 2) else f"of-{adapter_id}")
+    return Sample(
+        shape.base_model, adapter_id, spec, cache_scope="tenant" if rng.integers(0, 2) else f"of-{adapter_id}"
+    )
 
 
 # --- living -----------------------------------------------------------------------------------------------------------
@@ -251,4 +251,8 @@ def digest(reply: object) -> str:
 
 def differences(actual: Record, expected: Record) -> list[str]:
     assert len(actual) == len(expected)
-    return [f"{n}: {mine} != {theirs}" for n, (mine, theirs) in enumerate(zip(actual, expected, strict=True)) if mine != theirs]
+    return [
+        f"{n}: {mine} != {theirs}"
+        for n, (mine, theirs) in enumerate(zip(actual, expected, strict=True))
+        if mine != theirs
+    ]

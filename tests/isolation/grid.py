@@ -246,6 +246,7 @@ NAMELESS = {
     "GET /api/v1/sessions": "lists the caller's own",
     "GET /api/v1/checkpoints": "lists the caller's own",
     "GET /api/v1/audit": "lists the caller's own",
+    "GET /api/v1/queue": "lists the caller's own",
     "GET /api/v1/billing/usage/events": "lists the caller's own",
     "GET /{name}/resolve/{revision}/{file}": "of base models, which are everyone's",
     "HEAD /{name}/resolve/{revision}/{file}": "of base models, which are everyone's",

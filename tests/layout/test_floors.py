@@ -16,8 +16,11 @@ PACKAGE = ROOT / "tuft"
 
 GROUND = {
     "tuft",
-    *(f"tuft.{name}" for name in "config encoding errors fairness footprint metering losses optimizers prefixes records".split()),
-    *(f"tuft.{name}" for name in "scrub tokens turns types".split()),
+    *(
+        f"tuft.{name}"
+        for name in "config encoding errors fairness footprint metering losses optimizers prefixes records".split()
+    ),
+    *(f"tuft.{name}" for name in "scrub sections tokens turns types".split()),
 }
 MAY_SEE = {
     "models": set(),

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from tests.syscalls import KILL, Call, hold, unsupported
-from tuft.config import StorageSection
 from tuft.errors import StorageError
 from tuft.records import Checkpoint, CheckpointPath, Run, Session, Tenant, now
+from tuft.sections import StorageSection
 from tuft.service.audit import Audit
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.projects import Projects

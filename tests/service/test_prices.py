@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuft.config import Config, ModelPriceSection, PricesSection
+from tuft.config import Config
 from tuft.metering import COSTS_A_UNIT, GIGABYTE, Charge, cost_of, price_of, rate_of
+from tuft.sections import ModelPriceSection, PricesSection
 from tuft.service.prices import Prices
 
 PRICES = Prices(

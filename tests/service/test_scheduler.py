@@ -19,6 +19,7 @@ from tuft.records import Run, Tenant, now
 from tuft.service.activity import Activity
 from tuft.service.audit import Audit
 from tuft.service.calls import SaveExternal
+from tuft.service.errands import MAX_DEATHS
 from tuft.service.futures import Futures, Pending
 from tuft.service.models import BaseModels
 from tuft.service.ownership import Ownership
@@ -27,7 +28,7 @@ from tuft.service.prices import Prices
 from tuft.service.projects import Projects
 from tuft.service.queue import Operation
 from tuft.service.quotas import Quotas
-from tuft.service.scheduler import MAX_DEATHS, Scheduler
+from tuft.service.scheduler import Scheduler
 from tuft.service.signing import Signer
 from tuft.service.traces import Traces
 from tuft.service.usage import Usage

@@ -7,10 +7,11 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from tuft.config import Config, PricesSection
+from tuft.config import Config
 from tuft.errors import InvalidInput
 from tuft.metering import UsageKey, UsageRow, rate_of
 from tuft.records import Checkpoint, CheckpointPath, Run, Session, Tenant, now
+from tuft.sections import PricesSection
 from tuft.service.pace import Pace
 from tuft.service.prices import Prices
 from tuft.service.projects import Projects

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.service.test_interrupted_saves import ALICE, KINDS, NEW, OLD, RUN, home_with_old, opened, state
-from tuft.config import StorageSection
 from tuft.errors import Damaged, InvalidInput, NotFound, StorageError
 from tuft.records import Checkpoint, CheckpointPath
+from tuft.sections import StorageSection
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.downloads import ARCHIVE, Download, Downloads
 from tuft.service.inspection import Inspection

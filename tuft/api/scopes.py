@@ -69,6 +69,7 @@ _ROUTES: Mapping[Scope | None, Sequence[str]] = {
         "GET /billing/usage/events",
         "GET /billing/usage/checkpoints/current",
         "GET /audit",
+        "GET /queue",
     ),
     "admin": (
         "GET /admin/tenants",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tuft import __version__
-from tuft.cli import checkpoints, configuration, estimate, keys, launch, quotas, tenants, usage
+from tuft.cli import checkpoints, configuration, estimate, keys, launch, quotas, status, tenants, usage
 from tuft.cli.options import err, escaped, out
 from tuft.errors import TuftError
 
@@ -22,6 +22,9 @@ app.command(
     "launch",
     epilog="Examples:  tuft launch  ·  tuft launch --port 0 --home /tmp/try  ·  tuft launch --config tuft.toml",
 )(launch.launch)
+app.command("status", epilog="Examples:  tuft status  ·  tuft status --url http://gpu-box:10610 --key tml-... --json")(
+    status.status
+)
 app.add_typer(tenants.app, name="tenant")
 app.add_typer(keys.app, name="key")
 app.add_typer(checkpoints.app, name="checkpoint")

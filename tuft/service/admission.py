@@ -115,6 +115,9 @@ class SampleLine:
         self.seconds_per_token.observe(now_s - sample.started_s, max(lengths))
         self._last_end_s = now_s
 
+    def weight(self, tenant_id: str) -> float:
+        return self._counters.weight(tenant_id)
+
     @property
     def all_waiting(self) -> dict[str, deque[WaitingSample]]:
         """By tenant, in their order."""

@@ -15,9 +15,9 @@ from typing import Literal
 
 import structlog
 
-from tuft.config import StorageSection
 from tuft.errors import Damaged, Forbidden, InvalidInput, NotFound, StorageError, Unauthorized, refusing
 from tuft.records import Checkpoint, CheckpointPath, Run, Tenant, now
+from tuft.sections import StorageSection
 from tuft.service.audit import Audit
 from tuft.service.projects import Projects
 from tuft.service.tenants import Tenants

@@ -46,7 +46,9 @@ class CustomLosses:
         """After a restart: check what an earlier server had accepted."""
         for known in pending:
             call = await self._futures.request(known.future_id)
-            self._scheduler.resume(known.future_id, partial(self._check, Tenant(known.tenant_id, ""), known.key, call))
+            self._scheduler.errands.resume(
+                known.future_id, partial(self._check, Tenant(known.tenant_id, ""), known.key, call)
+            )
 
     def named_by(self, run: Run, loss_fn_config: Mapping[str, float | str]) -> CustomLoss:
         """The loss of the run's session that the config of ``custom`` names; raises InvalidInput."""
@@ -68,7 +70,7 @@ class CustomLosses:
         self._sessions.require(tenant, session_id)
         check_seq(custom_loss_seq_id, "custom_loss_seq_id")
         key = FutureKey("custom_loss", session_id, custom_loss_seq_id)
-        return await self._scheduler.start(tenant, key, call, partial(self._check, tenant, key, call))
+        return await self._scheduler.errands.start(tenant, key, call, partial(self._check, tenant, key, call))
 
     async def _check(self, tenant: Tenant, key: FutureKey, call: CheckLoss | Rejected) -> FutureResult:
         if isinstance(call, Rejected):

@@ -21,16 +21,20 @@ from tuft.records import FutureKey, JournaledFuture, Outcome, Tenant, now
 from tuft.service.quotas import Quotas
 from tuft.service.retention import Retention
 from tuft.service.settlements import Settlement, outcome_of, size_bytes
+from tuft.service.waits import Waits
 from tuft.service.writing import Writing
 from tuft.store.journal import Accepted, Journal, Note, Settled
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """The future is not settled yet; ``reason`` is shown to the user by the SDK."""
+    """The future is not settled yet; ``reason`` is shown to the user by the SDK. ``position``: 1 is next in line;
+    ``eta_s``: seconds until the result, about."""
 
     state: Literal["active", "paused_capacity", "paused_rate_limit"] = "active"
     reason: str | None = None
+    position: int | None = None
+    eta_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class Futures:
         self._cached: OrderedDict[str, int] = OrderedDict()  # journaled results in memory, with their bytes
         self._num_cached_bytes = 0
         self._is_closing = False
+        self.waits: Waits | None = None
+        """Set when the floor is put together: who tells why something waits, and for how long."""
 
     def start(self) -> list[JournaledFuture]:
         """Take up where an earlier server ended. Returns what is still to be done, in the order it was accepted."""
@@ -162,6 +168,8 @@ class Futures:
         entry.result = result
         self._pending[entry.tenant_id] -= 1
         self._quotas.settle(future_id, usage or {})
+        if self.waits is not None:
+            self.waits.settled(entry.key)
         _wake(entry)
         forget_at_s = self.retention.forget_at_s()
         num_bytes = 0
@@ -194,7 +202,7 @@ class Futures:
             finally:
                 entry.waiters.remove(waiter)
         if entry.result is None:
-            return Pending()
+            return self._explained(entry.key)
         self.retention.deliver([future_id])
         return entry.result
 
@@ -218,7 +226,7 @@ class Futures:
         entry.cancel()
 
     def ended(self, future_id: str) -> tuple[Outcome, int] | None:
-        """How it ended, and about how many bytes its result has; None while it is pending, or once its result is not kept."""
+        """How it ended, and about how many bytes its result has. None while it is pending, or once that is not kept."""
         entry = self._entries.get(future_id)
         if entry is not None:
             return None if entry.result is None else (outcome_of(entry.result), size_bytes(entry.result))
@@ -226,6 +234,11 @@ class Futures:
         if known is None or known.outcome is None or known.result_bytes is None:
             return None
         return known.outcome, known.result_bytes
+
+    def waiting(self, tenant: Tenant) -> list[tuple[str, FutureKey, Pending]]:
+        """The tenant's pending futures, in the order in which they were accepted, and why each waits."""
+        found = [entry for entry in self._entries.values() if entry.result is None and tenant.owns(entry)]
+        return [(entry.future_id, entry.key, self._explained(entry.key)) for entry in found]
 
     def is_pending(self, future_id: str) -> bool:
         entry = self._entries.get(future_id)
@@ -245,6 +258,10 @@ class Futures:
         self._is_closing = True
         for entry in self._entries.values():
             _wake(entry)
+
+    def _explained(self, key: FutureKey) -> Pending:
+        wait = None if self.waits is None else self.waits.explain(key)
+        return Pending() if wait is None else Pending(wait.state, wait.reason, wait.position, wait.eta_s)
 
     def _enter(self, tenant: Tenant, key: FutureKey, prepared: Prepared) -> _Entry:
         future_id = f"future-{token_hex(16)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tuft.config import PricesSection
+from tuft.sections import PricesSection
 from tuft.metering import COSTS_A_UNIT, Charge, cost_of, rate_of
 
 _OPTIONS: Mapping[str, str] = {

@@ -171,7 +171,7 @@ class Runs:
         """End a run: its adapter leaves the engine, its checkpoints stay. Returns the future of its RunUnloaded."""
         run = self.get(tenant, run_id)
         key = FutureKey("unload", run_id, 0)
-        return await self._scheduler.start(tenant, key, UnloadRun(run_id), lambda: self._unload(run))
+        return await self._scheduler.errands.start(tenant, key, UnloadRun(run_id), lambda: self._unload(run))
 
     def resume(self, pending: Sequence[JournaledFuture], operations: Mapping[str, Sequence[Operation]]) -> int:
         """After a restart: open the runs that were open, with the ``operations`` that each had waiting, and end those
@@ -189,7 +189,7 @@ class Runs:
         for known in pending:
             ending = self._open.get(known.key.subject_id)
             work = partial(_unloaded, known.key.subject_id) if ending is None else partial(self._unload, ending)
-            self._scheduler.resume(known.future_id, work)
+            self._scheduler.errands.resume(known.future_id, work)
         return num_open
 
     async def _unload(self, run: Run) -> FutureResult:

@@ -11,6 +11,7 @@ from tuft.engine.base import CancelSample, Engine, Sample
 from tuft.errors import InvalidInput, NotFound, refusing
 from tuft.records import FutureKey, JournaledFuture, Run, SamplerInfo, SamplingClient, Tenant, now
 from tuft.service.activity import Activity
+from tuft.service.admission import Admission
 from tuft.service.calls import SampleCall
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.completions import Completions
@@ -42,6 +43,7 @@ class Samplers:
         completions: Completions,
         activity: Activity,
         futures: Futures,
+        admission: Admission,
     ) -> None:
         self._catalog = catalog
         self._engine = engine
@@ -54,6 +56,7 @@ class Samplers:
         self._completions = completions
         self._activity = activity
         self._futures = futures
+        self._admission = admission
         self.residents = Residents(engine, scheduler, checkpoints, limits.max_resident_samplers)
 
     def create(
@@ -155,7 +158,7 @@ class Samplers:
         check_sampling(spec, model, self._limits)
         key = FutureKey("sample", sampling_session_id, seq_id)
         call = SampleCall(spec, record_stability_info)
-        future_id = await self._scheduler.start(
+        future_id = await self._scheduler.errands.start(
             tenant,
             key,
             call,
@@ -186,21 +189,27 @@ class Samplers:
             else:
                 work = partial(self._sample, tenant, sampler, seq, call)
                 span = partial(self._activity.sample, sampler, seq, call.spec, known.key_number)
-            self._scheduler.resume(future_id, work, span=span, can_cancel=True, on_end=self._completions.note_end)
+            self._scheduler.errands.resume(
+                future_id, work, span=span, can_cancel=True, on_end=self._completions.note_end
+            )
             num_resumed += 1
         return num_resumed
 
     async def _sample(self, tenant: Tenant, sampler: SamplerInfo, seq: int, call: SampleCall) -> FutureResult:
         sample_id = f"{sampler.sampler_id}:{seq}"
         cache_scope = tenant.tenant_id if sampler.inflight_run_id is None else sampler.sampler_id
-        directory = await self._resident_directory(tenant, sampler)
-        try:
-            result: SampleResult = await self._scheduler.replies.ask(
-                Sample(sampler.base_model, directory, call.spec, cache_scope, sample_id)
-            )
-        except asyncio.CancelledError:
-            self._engine.submit([CancelSample(sample_id)])
-            raise
+        room = max(1, self._models.require(sampler.base_model).max_context_tokens - len(call.spec.prompt_tokens))
+        max_new = min(call.spec.params.max_tokens or room, room)
+        async with self._admission.place(tenant, sample_id, sampler.base_model, call.spec, max_new) as end:
+            directory = await self._resident_directory(tenant, sampler)
+            weight = self._admission.line.weight(tenant.tenant_id)
+            command = Sample(sampler.base_model, directory, call.spec, cache_scope, sample_id, tenant.tenant_id, weight)
+            try:
+                result: SampleResult = await self._scheduler.replies.ask(command)
+            except asyncio.CancelledError:
+                self._engine.submit([CancelSample(sample_id)])
+                raise
+            end(result)
         if call.record_stability_info:
             ids = _sequence_ids(sampler.sampler_id, seq, call.spec)
             self._provenance.record(tenant, sampler.session_id, ids, call.spec.prompt_tokens, result)

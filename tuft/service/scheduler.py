@@ -18,10 +18,10 @@ import structlog
 
 from tuft.engine.base import Command, Engine, OptimStep, RunLoss
 from tuft.errors import EngineDied, QuotaExceeded, RunLost, TuftError, UserError
-from tuft.metering import NOTHING, Charge
 from tuft.records import FutureKey, Run, Tenant
 from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
+from tuft.service.errands import MAX_DEATHS, Errands
 from tuft.service.futures import Futures
 from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
 from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
@@ -36,10 +36,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _SWEEP_INTERVAL_S, _POLL_S = 0.25, 0.02
-MAX_DEATHS = 5
-"""An operation that this many engines have died with is taken for the reason."""
 _IN_THREAD_TOKENS = 2048
-_CANCELLED = Failure("cancelled: its client asked for that", "user")
 
 Perform = Callable[[Operation, Any], Awaitable[FutureResult]]
 """Does a call that is the service's own work."""
@@ -66,9 +63,16 @@ class Scheduler:
     memory while they wait; beyond that they wait on the disk."""
 
     def __init__(
-        self, engine: Engine, futures: Futures, activity: Activity, seq_gap_timeout_s: float, held_bytes: int
+        self,
+        engine: Engine,
+        futures: Futures,
+        activity: Activity,
+        seq_gap_timeout_s: float,
+        held_bytes: int,
+        queue: OperationQueue | None = None,
     ) -> None:
         self.replies = Replies(engine)
+        self.errands = Errands(engine, futures, activity)
         self._engine = engine
         self._futures = futures
         self._activity = activity
@@ -76,8 +80,8 @@ class Scheduler:
         self._max_held_bytes = held_bytes
         self._held: dict[str, int] = {}  # future -> bytes of its request in memory
         self._num_held_bytes = 0
-        self._queue = OperationQueue()
-        self._passes = EnginePasses(self._queue)
+        self._queue = queue or OperationQueue()
+        self.passes = EnginePasses(self._queue)
         self._spans: dict[str, Span] = {}  # of futures that are not settled yet
         self._num_unanswered = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -167,72 +171,12 @@ class Scheduler:
             self._enqueue(run, operation, len(prepared.content))
         return future_id
 
-    async def start(
-        self,
-        tenant: Tenant,
-        key: FutureKey,
-        sent: Call,
-        work: Callable[[], Awaitable[FutureResult]],
-        *,
-        charge: Charge = NOTHING,
-        span: Callable[[], Span] | None = None,
-        can_cancel: bool = False,
-        on_start: Callable[[str], None] = lambda _: None,
-        on_end: Callable[[str], None] = lambda _: None,
-    ) -> str:
-        """Journal ``sent``, then start ``work``, which does what it asks for, beside the lanes; returns its future's
-        id. A retry of ``key`` gets the first call's. ``on_start`` and ``on_end`` are told that id, once the request is
-        journaled and once the future is settled."""
-        prepared = replace(self._futures.prepare(sent, lambda: (sent, 0)), charge=charge)
-        future_id, is_new = await self._futures.accept(tenant, key, type(sent).__name__, prepared)
-        if is_new:
-            on_start(future_id)
-            self.resume(future_id, work, span=span, can_cancel=can_cancel, on_end=on_end)
-        return future_id
-
-    def resume(
-        self,
-        future_id: str,
-        work: Callable[[], Awaitable[FutureResult]],
-        *,
-        span: Callable[[], Span] | None = None,
-        can_cancel: bool = False,
-        on_end: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """Start ``work`` for a future that is journaled already."""
-        if span is not None:
-            self._spans[future_id] = span()
-
-        def end(task: asyncio.Task[Settlement]) -> None:
-            self._settle_future(future_id, _CANCELLED if task.cancelled() else task.result())
-            on_end(future_id)
-
-        task = self._spawn(self._outlasting(work))
-        task.add_done_callback(end)
-        if can_cancel:
-            self._futures.let_cancel(future_id, task.cancel)
-
-    async def _outlasting(self, work: Callable[[], Awaitable[FutureResult]]) -> Settlement:
-        """What ``work`` ends with, which is done again if the engine dies with it."""
-        deaths: list[EngineDied] = []
-        while len(deaths) < MAX_DEATHS:
-            try:
-                return await outcome(work())
-            except EngineDied as error:
-                deaths.append(error)
-            while not self._engine.base_models:  # noqa: ASYNC110 (another thread tells)
-                await asyncio.sleep(_POLL_S)
-        return failure(deaths[-1])
-
-    def span(self, future_id: str) -> Span:
-        return self._spans[future_id]
-
     def dispatch(self) -> None:
         """Something that operations waited for is there: start all that may start now."""
         self._queue.pass_tokens = self._engine.pass_tokens
         self._queue.counters.credit = self._engine.pass_tokens + 1  # before a pass that waits, see service.passes
         while self._engine.base_models:  # else it starts, and what waits keeps its place
-            parts, in_pass = self._passes.next(self._may_start, time.monotonic())
+            parts, in_pass = self.passes.next(self._may_start, time.monotonic())
             if not parts:
                 return
             self._start(parts, in_pass)
@@ -248,7 +192,7 @@ class Scheduler:
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing runs or waits; False if ``timeout_s`` was not enough, or no engine is there."""
         deadline = time.monotonic() + timeout_s
-        while self._tasks or self._num_unanswered or self._queue.num_ready:
+        while self._tasks or self.errands.num_running or self._num_unanswered or self._queue.num_ready:
             if time.monotonic() >= deadline or not self._engine.base_models:
                 return False
             await asyncio.sleep(_POLL_S)
@@ -321,7 +265,7 @@ class Scheduler:
     def _answered(self, part: Part, in_pass: Pass | None, reply: Future[Any]) -> None:
         self._num_unanswered -= 1
         if in_pass is not None:
-            self._passes.answered(in_pass, time.monotonic())
+            self.passes.answered(in_pass, time.monotonic())
         error = reply.exception()
         if isinstance(error, EngineDied):
             self._interrupted(part, error)
@@ -368,12 +312,8 @@ class Scheduler:
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
         elif isinstance(operation.work, OptimStep) or (isinstance(operation.work, RunLoss) and operation.work.backward):
             self.residence.changed(operation.run_id)
-        self._settle_future(operation.future_id, result)
-
-    def _settle_future(self, future_id: str, result: Settlement) -> None:
-        span = self._spans.pop(future_id, None)
-        usage = {} if span is None else self._activity.settled(span, result)
-        self._futures.settle(future_id, result, usage)
+        span = self._spans.pop(operation.future_id)
+        self._futures.settle(operation.future_id, result, self._activity.settled(span, result))
 
     async def _pass_over_refused(self) -> None:
         """What a quota refused, and its client gave up, has its turn as an error: the run goes on behind it."""

@@ -12,7 +12,9 @@ import structlog
 from tuft.config import ALL_SCOPES, Config
 from tuft.engine.base import Engine
 from tuft.errors import StorageError
+from tuft.fairness import Costs, VirtualCounters
 from tuft.service.activity import Activity
+from tuft.service.admission import Admission, SampleLine
 from tuft.service.audit import Audit
 from tuft.service.calls import ENCODING
 from tuft.service.checkpoints import Checkpoints
@@ -29,6 +31,7 @@ from tuft.service.pace import Pace
 from tuft.service.prices import Prices
 from tuft.service.projects import Projects
 from tuft.service.provenance import Provenance
+from tuft.service.queue import OperationQueue
 from tuft.service.quotas import Quotas
 from tuft.service.recovery import Recovered, Recovery
 from tuft.service.residency import Residency
@@ -39,9 +42,10 @@ from tuft.service.scheduler import Scheduler
 from tuft.service.sessions import Sessions
 from tuft.service.signing import Signer
 from tuft.service.snapshots import Snapshots
-from tuft.service.tenants import DEFAULT_TENANT, Tenants
+from tuft.service.tenants import DEFAULT_TENANT, SERVER, Tenants
 from tuft.service.traces import Traces
 from tuft.service.usage import Usage
+from tuft.service.waits import Waits
 from tuft.store.audit import AuditLog
 from tuft.store.catalog import Catalog
 from tuft.store.checkpoints import CheckpointCatalog
@@ -69,49 +73,13 @@ class Services:
     """One of each service, on one catalog and one engine."""
 
     def __init__(self, config: Config, database: Database, engine: Engine) -> None:
-        limits = config.limits
-        catalog = Catalog(database)
         self.config = config
-        self._catalog = catalog
         self._engine = engine
-        secret = load_secret(config.home)
-        self.audit = Audit(AuditLog(database), limits.audit_retention_days)
-        self.ownership = Ownership(Owners(database), self.audit)
-        self.projects = Projects(config.projects, self.ownership.told_of_project)
-        self.tenants = Tenants(TenantCatalog(database), self.audit, secret)
-        ledger = UsageTable(database)
-        pace = Pace(PaceTable(database))
-        self.prices = Prices(config.prices)
-        self.quotas = Quotas(QuotaTable(database), ledger, self.prices, config)
-        self.usage = Usage(ledger, self.projects, self.prices, self.quotas, pace, limits.usage_retention_days)
+        self._catalog = Catalog(database)
+        self._journal = Journal(database, Spool(config.home / "journal"))
         self.models = BaseModels(engine)
-        signer = Signer(secret)
-        self.traces = Traces(signer)
-        self.sessions = Sessions(
-            SessionCatalog(database), self.projects, self.audit, self.traces, limits.session_timeout_s
-        )
-        journal = Journal(database, Spool(config.home / "journal"))
-        self.futures = Futures(
-            journal,
-            ENCODING,
-            self.quotas,
-            Retention(journal, limits.result_retention_s, limits.unread_retention_s),
-            cache_bytes=config.journal.cached_result_bytes,
-        )
-        self.completions = Completions(self.futures)
-        activity = Activity(self.traces, self.usage, pace, self.models, self.ownership)
-        scheduler = Scheduler(
-            engine, self.futures, activity, limits.seq_gap_timeout_s, config.journal.held_request_bytes
-        )
-        self._scheduler = scheduler
-        snapshots = Snapshots(
-            config.home / "snapshots", journal, self.futures, scheduler, config.journal.snapshot_interval_s
-        )
-        self._snapshots = snapshots
-        self.residency = Residency(
-            engine, journal, self.futures, scheduler, snapshots, self.models, run_memory_bytes(config)
-        )
-        scheduler.residence = self.residency
+        signer = self._build_accounts(database)
+        activity = self._build_scheduler(database)
         self.checkpoints = Checkpoints(
             CheckpointCatalog(database),
             checkpoints_root(config.home),
@@ -120,28 +88,70 @@ class Services:
             self.projects,
             self.audit,
         )
-        self.copies = Copies(catalog, self.sessions, self.checkpoints)
+        self.copies = Copies(self._catalog, self.sessions, self.checkpoints)
         self.downloads = Downloads(self.checkpoints, signer)
-        parts = (catalog, engine, self._scheduler, self.models, self.sessions, self.checkpoints, limits)
-        self.runs = Runs(*parts, self.projects, journal, self.residency, snapshots, self.quotas)
-        Loading(scheduler, self.runs, self.checkpoints, snapshots)
+        self._build_work(database, activity)
+        self._recovery = Recovery(self._journal, self.futures, self.runs, self.samplers, self.custom_losses)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _build_accounts(self, database: Database) -> Signer:
+        """Who may do what, and what it costs them."""
+        config, limits = self.config, self.config.limits
+        secret = load_secret(config.home)
+        self.audit = Audit(AuditLog(database), limits.audit_retention_days)
+        self.ownership = Ownership(Owners(database), self.audit)
+        self.projects = Projects(config.projects, self.ownership.told_of_project)
+        self.tenants = Tenants(TenantCatalog(database), self.audit, secret)
+        ledger = UsageTable(database)
+        self._pace = Pace(PaceTable(database))
+        self.prices = Prices(config.prices)
+        self.quotas = Quotas(QuotaTable(database), ledger, self.prices, config)
+        self.usage = Usage(ledger, self.projects, self.prices, self.quotas, self._pace, limits.usage_retention_days)
+        signer = Signer(secret)
+        self.traces = Traces(signer)
+        self.sessions = Sessions(
+            SessionCatalog(database), self.projects, self.audit, self.traces, limits.session_timeout_s
+        )
+        return signer
+
+    def _build_scheduler(self, database: Database) -> Activity:
+        """From an accepted request to its result, whatever dies in between."""
+        config, limits, engine = self.config, self.config.limits, self._engine
+        retention = Retention(self._journal, limits.result_retention_s, limits.unread_retention_s)
+        self.futures = Futures(
+            self._journal, ENCODING, self.quotas, retention, cache_bytes=config.journal.cached_result_bytes
+        )
+        self.completions = Completions(self.futures)
         self.provenance = Provenance(Sequences(database))
-        self.samplers = Samplers(*parts, self.provenance, self.completions, activity, self.futures)
+        activity = Activity(self.traces, self.usage, self._pace, self.models, self.ownership)
+        costs = Costs(**config.fairness.model_dump(exclude={"weights"}))
+        self._counters = VirtualCounters()
+        queue = OperationQueue(counters=self._counters, costs=costs)
+        self._scheduler = Scheduler(
+            engine, self.futures, activity, limits.seq_gap_timeout_s, config.journal.held_request_bytes, queue
+        )
+        line = SampleLine(self._counters, costs, config.engine.max_decode_rows, config.engine.kv_cache_tokens)
+        self._admission = Admission(line)
+        self.waits = self.futures.waits = Waits(queue, self._scheduler.passes, line, self._counters)
+        durable = (self._journal, self.futures, self._scheduler)
+        self._snapshots = Snapshots(config.home / "snapshots", *durable, config.journal.snapshot_interval_s)
+        self.residency = Residency(engine, *durable, self._snapshots, self.models, run_memory_bytes(config))
+        self._scheduler.residence = self.residency
+        return activity
+
+    def _build_work(self, database: Database, activity: Activity) -> None:
+        """What tenants ask for."""
+        scheduler, limits = self._scheduler, self.config.limits
+        parts = (self._catalog, self._engine, scheduler, self.models, self.sessions, self.checkpoints, limits)
+        self.runs = Runs(*parts, self.projects, self._journal, self.residency, self._snapshots, self.quotas)
+        Loading(scheduler, self.runs, self.checkpoints, self._snapshots)
+        self.samplers = Samplers(*parts, self.provenance, self.completions, activity, self.futures, self._admission)
         self.custom_losses = CustomLosses(
-            CustomLossTable(database), self._scheduler, self.sessions, self.futures, limits.max_custom_losses
+            CustomLossTable(database), scheduler, self.sessions, self.futures, limits.max_custom_losses
         )
         self.operations = Operations(
-            self._scheduler,
-            self.models,
-            self.runs,
-            self.checkpoints,
-            self.samplers,
-            self.provenance,
-            self.custom_losses,
+            scheduler, self.models, self.runs, self.checkpoints, self.samplers, self.provenance, self.custom_losses
         )
-        self._recovery = Recovery(journal, self.futures, self.runs, self.samplers, self.custom_losses)
-        self._journal = journal
-        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def base_models(self) -> Sequence[BaseModelInfo]:
@@ -153,6 +163,8 @@ class Services:
             self.tenants.accept(section.tenant, section.key.get_secret_value(), section.scopes)
         if self.config.api_key is not None:
             self.tenants.accept(DEFAULT_TENANT, self.config.api_key.get_secret_value(), ALL_SCOPES)
+        for name, weight in self.config.fairness.weights.items():
+            self._counters.set_weight(self.tenants.ensure(name, SERVER).tenant_id, weight)
         num_swept = await self.checkpoints.sweep()
         await asyncio.to_thread(self._journal.sweep_files)
         await asyncio.to_thread(self._snapshots.start)

@@ -48,7 +48,7 @@ class Sessions:
         project_id: str | None = None,
         session_id: str | None = None,
     ) -> Session:
-        """Raises InvalidInput for what can be no project. ``session_id`` must be one that no one has; left out, it is."""
+        """Raises InvalidInput for what can be no project. ``session_id``, if given, must be one that no one has."""
         session = Session(
             session_id=session_id or str(uuid4()),
             tenant_id=tenant.tenant_id,
@@ -131,8 +131,8 @@ class Sessions:
     async def search(
         self, tenant: Tenant, search: SessionSearch
     ) -> tuple[Sequence[SessionSummary], tuple[datetime, str] | None]:
-        """One page of what the tenant may see, newest first, and where the next begins. Raises InvalidInput for what can
-        be no project."""
+        """One page of what the tenant may see, newest first, and where the next begins. Raises InvalidInput for what
+        can be no project."""
         for project_id in search.project_ids or ():
             self._projects.check(tenant, project_id)
         shared, since = self._projects.shared_with(tenant), now() - _RUNNING

@@ -122,7 +122,7 @@ class Tenants:
         if not key.startswith(API_KEY_PREFIX):
             raise InvalidInput("key", f"…{key[-4:]}", f"must start with {API_KEY_PREFIX!r}: the SDK refuses other keys")
         key_id = self._keyed_hash(key)
-        tenant = self._ensure(tenant_name, SERVER)
+        tenant = self.ensure(tenant_name, SERVER)
         self._configured[key_id] = ApiKey(key_id, tenant, key[-4:], None, scopes=_scopes(scopes))
 
     def stored(self, key: str) -> ApiKey:
@@ -153,7 +153,7 @@ class Tenants:
         """A new key for the tenant of that name, who is made if unknown; without ``lifetime_s`` it does not expire. It
         is returned here and never again. Raises InvalidInput."""
         _check(name, scopes, lifetime_s)
-        secret, key = _made(self._ensure(tenant_name, by), name, scopes, lifetime_s)
+        secret, key = _made(self.ensure(tenant_name, by), name, scopes, lifetime_s)
         self._catalog.add_key(key, _entry(by, "key_create", key.tenant, _told_new(key)))
         return secret
 
@@ -216,7 +216,7 @@ class Tenants:
         """Raises InvalidInput if the name is taken or can be none."""
         if self._catalog.named(_name(name, "tenant")) is not None:
             raise InvalidInput("tenant", name, "exists already")
-        return self._ensure(name, by)
+        return self.ensure(name, by)
 
     def suspend(self, name: str, by: By) -> None:
         """Nobody is let in with the tenant's keys; its work that was accepted ends, and what it stored stays. Raises
@@ -301,7 +301,7 @@ class Tenants:
         if key.key_id in self._configured:
             raise Forbidden("this API key is given by the server's configuration; it ends when it is taken out there")
 
-    def _ensure(self, name: str, by: By) -> Tenant:
+    def ensure(self, name: str, by: By) -> Tenant:
         """The tenant of that name, who is made if unknown."""
         tenant = Tenant(f"tenant-{token_hex(8)}", _name(name, "tenant"))
         return self._catalog.ensure_tenant(tenant, _entry(by, "tenant_create", tenant))[0]

@@ -99,8 +99,8 @@ class Usage:
         return sorted(rows, key=lambda row: (row.hour, -row.quantity if row.kind in TOKEN_KINDS else 0))
 
     def storage(self, tenant: Tenant, project_id: str | None) -> list[CheckpointStorage]:
-        """What checkpoints hold now: the tenant's own, and those of the projects it shares. Raises InvalidInput for what
-        can be no project."""
+        """What checkpoints hold now: the tenant's own, and those of the projects it shares. Raises InvalidInput for
+        what can be no project."""
         if project_id is not None:
             self._projects.check(tenant, project_id)
         return self._table.storage(tenant, self._projects.shared_with(tenant), project_id)

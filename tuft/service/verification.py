@@ -14,9 +14,9 @@ from pathlib import Path
 
 import structlog
 
-from tuft.config import StorageSection
 from tuft.errors import Damaged, StorageError
 from tuft.records import Checkpoint, now
+from tuft.sections import StorageSection
 from tuft.store.checkpoints import CheckpointCatalog
 from tuft.store.integrity import Stored, check_present, read_through
 

@@ -98,7 +98,7 @@ def open_database(url: str, serving: str | None = None) -> Database:
     try:
         with _words_for(engine):
             _prepare(engine, claim, serving)
-    except BaseException:
+    except BaseException:  # whatever it was: it goes on, and nothing stays claimed
         engine.dispose()
         claim.release()
         raise

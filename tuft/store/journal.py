@@ -181,7 +181,9 @@ class Journal:
     def drop_ended_snapshots(self) -> None:
         """Those of runs that ended while they were being written."""
         with self._database.transaction() as connection:
-            connection.execute(delete(snapshots).where(snapshots.c.run_id.not_in(select(runs.c.run_id).where(_IS_OPEN))))
+            connection.execute(
+                delete(snapshots).where(snapshots.c.run_id.not_in(select(runs.c.run_id).where(_IS_OPEN)))
+            )
 
     def sweep_files(self) -> int:
         """Delete files that no row names: their writer died. Only while nothing is being written."""

@@ -245,7 +245,7 @@ recorded_sequences = Table(
 )
 
 # One row an hour and purpose; session_id is empty and key_number 0 where there is none. ``rate``: the price at that
-# time (``records.rate_of``). Rows that are too old to be told by the hour are added up in one of the hour 1970-01-01 00:00.
+# time (``metering.rate_of``). Rows too old to be told by the hour are added up in one of the hour 1970-01-01 00:00.
 ledger = Table(
     "ledger",
     metadata,

@@ -1,0 +1,102 @@
+"""Requests that are no operations of a run: samples, losses to be checked, runs to be unloaded. Each is done at once,
+beside the runs' lanes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from tuft.engine.base import Engine
+from tuft.errors import EngineDied
+from tuft.metering import NOTHING, Charge
+from tuft.records import FutureKey, Tenant
+from tuft.service.activity import Activity
+from tuft.service.calls import Call
+from tuft.service.futures import Futures
+from tuft.service.settlements import Settlement, failure, outcome
+from tuft.service.traces import Span
+from tuft.types import Failure, FutureResult
+
+MAX_DEATHS = 5
+"""What this many engines have died with is taken for the reason."""
+_POLL_S = 0.02
+_CANCELLED = Failure("cancelled: its client asked for that", "user")
+
+Errand = Callable[[], Awaitable[FutureResult]]
+
+
+class Errands:
+    """Of all tenants. What an engine held when it died is done again by the next one."""
+
+    def __init__(self, engine: Engine, futures: Futures, activity: Activity) -> None:
+        self._engine = engine
+        self._futures = futures
+        self._activity = activity
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._tasks)
+
+    async def start(
+        self,
+        tenant: Tenant,
+        key: FutureKey,
+        sent: Call,
+        work: Errand,
+        *,
+        charge: Charge = NOTHING,
+        span: Callable[[], Span] | None = None,
+        can_cancel: bool = False,
+        on_start: Callable[[str], None] = lambda _: None,
+        on_end: Callable[[str], None] = lambda _: None,
+    ) -> str:
+        """Journal ``sent``, then start ``work``, which does what it asks for, beside the lanes; returns its future's
+        id. A retry of ``key`` gets the first call's. ``on_start`` and ``on_end`` are told that id, once the request is
+        journaled and once the future is settled."""
+        prepared = replace(self._futures.prepare(sent, lambda: (sent, 0)), charge=charge)
+        future_id, is_new = await self._futures.accept(tenant, key, type(sent).__name__, prepared)
+        if is_new:
+            on_start(future_id)
+            self.resume(future_id, work, span=span, can_cancel=can_cancel, on_end=on_end)
+        return future_id
+
+    def resume(
+        self,
+        future_id: str,
+        work: Errand,
+        *,
+        span: Callable[[], Span] | None = None,
+        can_cancel: bool = False,
+        on_end: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Start ``work`` for a future that is journaled already."""
+        noted = None if span is None else span()
+        if noted is not None:
+            noted.start()
+
+        def end(task: asyncio.Task[Settlement]) -> None:
+            self._tasks.discard(task)
+            result = _CANCELLED if task.cancelled() else task.result()
+            self._futures.settle(future_id, result, {} if noted is None else self._activity.settled(noted, result))
+            on_end(future_id)
+
+        task = asyncio.get_running_loop().create_task(self._outlasting(work))
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(end)
+        if can_cancel:
+            self._futures.let_cancel(future_id, task.cancel)
+
+    async def _outlasting(self, work: Errand) -> Settlement:
+        """What ``work`` ends with, which is done again if the engine dies with it."""
+        deaths: list[EngineDied] = []
+        while len(deaths) < MAX_DEATHS:
+            try:
+                return await outcome(work())
+            except EngineDied as error:
+                deaths.append(error)
+            while not self._engine.base_models:  # noqa: ASYNC110 (another thread tells)
+                await asyncio.sleep(_POLL_S)
+        return failure(deaths[-1])
