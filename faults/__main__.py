@@ -84,7 +84,7 @@ ATTACKS = (
         ),
         1,
         0,
-    ),  # fmt: skip
+    ),
     Attack(
         "schema",
         "older and newer schemas, and clocks that jump",

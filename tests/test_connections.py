@@ -51,7 +51,7 @@ async def serving(app: Any, server: dict[str, Any], limits: dict[str, Any]) -> A
     listener = socket.create_server(("127.0.0.1", 0))
     http = HttpServer(app, Config(server=server, limits=limits))
     task = asyncio.create_task(http.serve(sockets=[listener]))
-    while not http.started:  # noqa: ASYNC110
+    while not http.started:
         await asyncio.sleep(0.01)
     writers: list[Writer] = []
 
@@ -191,7 +191,7 @@ async def test_a_reader_who_does_not_read_is_cut_off() -> None:
     async with serving(app, {"body_timeout_s": 0.2}, {}) as connect:
         reader, writer = await connect(limit=1)
         writer.write(GET.replace(b"/ ", b"/large "))
-        while not app.num_done:  # noqa: ASYNC110  # what it was being sent has an end: nothing is held any more
+        while not app.num_done:  # what it was being sent has an end: nothing is held any more
             await asyncio.sleep(0.02)
         num_read = 0
         with suppress(ConnectionResetError):

@@ -41,7 +41,7 @@ async def test_cycles_are_collected_now_and_then(monkeypatch: pytest.MonkeyPatch
     garbage.settle()
     before = num_full()
     serving = asyncio.create_task(garbage.serve())
-    while num_full() == before:  # noqa: ASYNC110
+    while num_full() == before:
         await asyncio.sleep(0.01)
     serving.cancel()
     with suppress(asyncio.CancelledError):

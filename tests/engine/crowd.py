@@ -39,7 +39,6 @@ from tuft.types import (
     Datum,
     DimuonParams,
     LoraSpec,
-    Matrix,
     OptimizerParams,
     PromptScoring,
     SampleSpec,

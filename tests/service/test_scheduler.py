@@ -267,7 +267,7 @@ async def test_data_beyond_what_memory_may_hold_wait_on_the_disk(make_rig: Calla
     rig = make_rig(held_bytes=0)
     futures = [await rig.loss("a", 40, 30) for _ in range(3)]
     for future_id in futures:
-        while not rig.mailbox.num_unanswered:  # noqa: ASYNC110 (the disk tells nobody)
+        while not rig.mailbox.num_unanswered:
             await asyncio.sleep(0.01)
         (sent,) = rig.mailbox.batches[-1]
         assert isinstance(sent, RunLoss)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tuft.sections import PricesSection
 from tuft.metering import COSTS_A_UNIT, Charge, cost_of, rate_of
+from tuft.sections import PricesSection
 
 _OPTIONS: Mapping[str, str] = {
     "training": "train",
