@@ -150,12 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [attack.name for attack in ATTACKS]
     parser.add_argument("attacks", nargs="*", choices=[[], *names], help="default: all")
     parser.add_argument("--short", action="store_true", help="each a little, and what the test suite runs is left out")
+    parser.add_argument("--scale", type=float, default=1.0, help="this part of the full size, e.g. 0.1")
     parser.add_argument("--write", action="store_true", help=f"write {CARD.relative_to(ROOT)}")
     chosen = parser.parse_args(arguments)
     allow_many_descriptors()
     records = []
     for attack in ATTACKS:
-        times = attack.short if chosen.short else attack.full
+        times = attack.short if chosen.short else max(1, round(attack.full * chosen.scale))
         if times and (not chosen.attacks or attack.name in chosen.attacks):
             print(f"--- {attack.name}: {attack.promise}", flush=True)
             records.append((attack, attack.run(times)))
