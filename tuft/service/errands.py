@@ -35,6 +35,7 @@ class Errands:
         self._futures = futures
         self._activity = activity
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def num_running(self) -> int:
@@ -90,13 +91,23 @@ class Errands:
             self._futures.let_cancel(future_id, task.cancel)
 
     async def _outlasting(self, work: Errand) -> Settlement:
-        """What ``work`` ends with, which is done again if the engine dies with it."""
+        """What ``work`` ends with, once the engine can compute; it is done again if the engine dies with it."""
         deaths: list[EngineDied] = []
         while len(deaths) < MAX_DEATHS:
+            await self._until_ready()
             try:
                 return await outcome(work())
             except EngineDied as error:
                 deaths.append(error)
-            while not self._engine.base_models:  # noqa: ASYNC110 (another thread tells)
-                await asyncio.sleep(_POLL_S)
         return failure(deaths[-1])
+
+    async def _until_ready(self) -> None:
+        """One looks for all: after a restart thousands may wait."""
+        while not self._engine.base_models:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.get_running_loop().create_task(self._look())
+            await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
+        while not self._engine.base_models:  # noqa: ASYNC110 (another thread tells)
+            await asyncio.sleep(_POLL_S)
