@@ -64,13 +64,15 @@ def test_pages_come_newest_first_with_the_total(catalog: Catalog) -> None:
     assert ([found.model_seq_id for found in page], total) == ([3, 2], 5)
 
 
-def test_runs_that_were_live_are_lost_after_a_restart(catalog: Catalog) -> None:
+def test_the_next_server_finds_the_runs_that_take_operations(catalog: Catalog) -> None:
     add_session(catalog)
     catalog.add_run(run())
     catalog.add_run(replace(run("s1:train:1"), status="unloaded"))
-    assert catalog.lose_live_runs() == 1
-    statuses = {found.run_id: found.status for found in catalog.runs(ALICE, 10, 0, {})[0]}
-    assert statuses == {"s1:train:0": "lost", "s1:train:1": "unloaded"}
+    catalog.add_run(replace(run("s1:train:2"), status="creating"))
+    assert [found.run_id for found in catalog.open_runs()] == ["s1:train:0", "s1:train:2"]
+    catalog.delete_run("s1:train:2")
+    assert [found.run_id for found in catalog.open_runs()] == ["s1:train:0"]
+    assert catalog.run(ALICE, "s1:train:2") is None
 
 
 def test_samplers_on_a_runs_mutable_weights_move_together(catalog: Catalog) -> None:
