@@ -29,13 +29,15 @@ CARD = ROOT / "docs" / "reliability.md"
 
 @dataclass(frozen=True)
 class Attack:
-    """``run`` is told how often; ``full`` and ``short`` are that number by hand and in CI."""
+    """``run`` is told how often; ``full`` and ``short`` are that number by hand and in CI. ``is_timed``: its figures are
+    times or shares, which a busy machine spoils: in short, only what was lost is judged."""
 
     name: str
     promise: str
     run: Callable[[int], Record]
     full: int
     short: int
+    is_timed: bool = False
 
 
 def tests(name: str, injected: str, *paths: str) -> Callable[[int], Record]:
@@ -106,13 +108,13 @@ ATTACKS = (
         1,
         0,
     ),
-    Attack("crowd", "who sends one a second is served beside a crowd", fairness.crowd, 10_000, 300),
-    Attack("shares", "Jain index 0.95 for equal weights, 1:3 for 1:3", fairness.shares, 1000, 200),
+    Attack("crowd", "who sends one a second is served beside a crowd", fairness.crowd, 10_000, 300, is_timed=True),
+    Attack("shares", "Jain index 0.95 for equal weights, 1:3 for 1:3", fairness.shares, 1000, 200, is_timed=True),
     Attack("spend", "at most one operation over the cap", spend.races, 1000, 100),
-    Attack("waiting", "futures waiting at once, and healthz below 100 ms", load.waiting, 10_000, 500),
-    Attack("slow", "slow sockets hold nobody", load.slow_sockets, 500, 60),
-    Attack("reconnects", "all come back after a restart, and are served", load.reconnects, 1000, 100),
-    Attack("soak", "memory and descriptors do not grow", load.soak, 10_000, 300),
+    Attack("waiting", "futures waiting at once, and healthz below 100 ms", load.waiting, 10_000, 500, is_timed=True),
+    Attack("slow", "slow sockets hold nobody", load.slow_sockets, 500, 60, is_timed=True),
+    Attack("reconnects", "all come back after a restart, and are served", load.reconnects, 1000, 100, is_timed=True),
+    Attack("soak", "memory and descriptors do not grow", load.soak, 10_000, 300, is_timed=True),
 )
 
 
@@ -163,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(records[-1][1], flush=True)
     if chosen.write:
         CARD.write_text(card(records, " ".join(["python -m faults", *(arguments or sys.argv[1:])])))
+    if chosen.short:
+        return int(any(record.lost or (record.broken and not attack.is_timed) for attack, record in records))
     return int(not all(record.holds for _, record in records))
 
 
