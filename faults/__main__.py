@@ -29,8 +29,8 @@ CARD = ROOT / "docs" / "reliability.md"
 
 @dataclass(frozen=True)
 class Attack:
-    """``run`` is told how often; ``full`` and ``short`` are that number by hand and in CI. ``is_timed``: its figures are
-    times or shares, which a busy machine spoils: in short, only what was lost is judged."""
+    """``run`` is told how often; ``full`` and ``short`` are that number by hand and in CI. ``is_timed``: its figures
+    are times or shares, which a busy machine spoils: in short, only what was lost is judged."""
 
     name: str
     promise: str
