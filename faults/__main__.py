@@ -137,6 +137,9 @@ def card(records: Sequence[tuple[Attack, Record]], command: str) -> str:
     for attack, record in records:
         verdict = "holds" if record.holds else "**broken**"
         lines.append(f"| {attack.promise} | {record.injected} | {record.times:,} | {record.lost} | {verdict} |")
+    missing = [attack.name for attack in ATTACKS if attack not in [run for run, _ in records]]
+    if missing:
+        lines += ["", f"Not part of this card, which is not the whole list: {', '.join(missing)}."]
     lines += ["", "## Figures", ""]
     for attack, record in records:
         lines += [f"**{record.name}** (`python -m faults {attack.name}`)", ""]

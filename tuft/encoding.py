@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tuft.errors import StorageError
+from tuft.errors import Damaged
 
 _MAGIC = b"TFT1"
 _PREFIX = struct.Struct("<4sII")
@@ -46,7 +46,7 @@ class Encoding:
         return _PREFIX.pack(_MAGIC, checksum, len(head)) + body
 
     def decode(self, content: bytes) -> Any:
-        """The record; its arrays are read-only views of ``content``. Raises StorageError if that is damaged."""
+        """The record; its arrays are read-only views of ``content``. Raises Damaged if that is not what was encoded."""
         try:
             magic, checksum, num_head = _PREFIX.unpack_from(content)
             body = memoryview(content)[_PREFIX.size :]
@@ -54,7 +54,7 @@ class Encoding:
                 raise ValueError("its checksum is wrong")
             return self._value(json.loads(bytes(body[:num_head])), body[num_head:])
         except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"a record in the journal is damaged: {error}") from error
+            raise Damaged(f"a record in the journal is damaged: {error}") from error
 
     def _value(self, seen: Any, arrays: memoryview) -> Any:
         if isinstance(seen, list):

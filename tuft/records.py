@@ -326,7 +326,8 @@ class CheckpointStorage:
 
 
 FutureKind = Literal["operation", "sample", "custom_loss", "unload"]
-Outcome = Literal["ok", "failed"]
+Outcome = Literal["ok", "failed", "spent"]
+"""``spent``: failed in the engine, which had taken the run's gradients already: a step whose norm was not finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -325,8 +325,9 @@ FutureResult = (
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An operation that failed: the text is for the user; ``category`` as the wire calls it. ``refused``: what it
-    asked for in vain, see ``errors.refusing``."""
+    asked for in vain, see ``errors.refusing``. ``is_spent``: it has changed its run all the same."""
 
     message: str
     category: Literal["user", "server"]
     refused: tuple[str, str] | None = field(default=None, compare=False)
+    is_spent: bool = field(default=False, compare=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from tuft.engine.base import CheckCustomLoss
-from tuft.errors import InvalidInput, QuotaExceeded, ServerError, TuftError, UserError, refusing
+from tuft.errors import InvalidInput, QuotaExceeded, ServerError, StorageError, TuftError, UserError, refusing
 from tuft.losses import CustomLoss
 from tuft.records import FutureKey, JournaledFuture, Run, Tenant
 from tuft.service.calls import CheckLoss, Rejected
@@ -45,7 +45,10 @@ class CustomLosses:
     async def resume(self, pending: Sequence[JournaledFuture]) -> None:
         """After a restart: check what an earlier server had accepted."""
         for known in pending:
-            call = await self._futures.request(known.future_id)
+            try:
+                call = await self._futures.request(known.future_id)
+            except StorageError as error:  # this one fails, the others go on
+                call = Rejected(error.told, "server")
             self._scheduler.errands.resume(
                 known.future_id, partial(self._check, Tenant(known.tenant_id, ""), known.key, call)
             )

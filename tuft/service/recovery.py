@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tuft.errors import StorageError
+from tuft.errors import RunLost, StorageError
 from tuft.records import FutureKind, JournaledFuture
 from tuft.service.calls import Rejected
 from tuft.service.custom_losses import CustomLosses
@@ -13,6 +14,7 @@ from tuft.service.futures import Futures
 from tuft.service.queue import Operation
 from tuft.service.runs import Runs
 from tuft.service.samplers import Samplers
+from tuft.service.settlements import failure
 from tuft.store.journal import Journal
 from tuft.store.spool import INLINE_BYTES
 
@@ -49,9 +51,19 @@ class Recovery:
         for known in sorted(pending["operation"], key=lambda known: known.key.seq):
             operations[known.key.subject_id].append(await self._operation(known))
         num_runs = self._runs.resume(pending["unload"], operations)
+        self._end_late(operations)
         await self._custom_losses.resume(pending["custom_loss"])
         num_samples = await self._samplers.resume(self._journal.kept("sample"))
         return Recovered(num_runs, len(pending["operation"]), num_samples)
+
+    def _end_late(self, operations: Mapping[str, Sequence[Operation]]) -> None:
+        """Those of runs that had ended: the server died before it could say so."""
+        for run_id, waiting in operations.items():
+            try:
+                self._runs.open_one(run_id)
+            except RunLost as error:
+                for operation in waiting:
+                    self._futures.settle(operation.future_id, failure(error))
 
     async def _operation(self, known: JournaledFuture) -> Operation:
         """A large loss stays on the disk until its turn."""
@@ -69,6 +81,6 @@ class Recovery:
         if known.name not in _LOSSES or known.request_bytes <= INLINE_BYTES:
             try:
                 operation.work = await self._futures.request(known.future_id)
-            except StorageError as error:  # damaged: this one fails, the others go on
-                operation.work = Rejected(str(error), "server")
+            except StorageError as error:  # this one fails, the others go on
+                operation.work = Rejected(error.told, "server")
         return operation

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
 
 import structlog
 
 from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter, OptimStep, RunLoss
-from tuft.errors import Damaged, EngineDied, RunLost, TuftError
+from tuft.errors import Damaged, EngineDied, RunLost, TuftError, UserError
 from tuft.footprint import resident_bytes
 from tuft.records import JournaledFuture, Run
 from tuft.service.calls import CreateRun
@@ -59,6 +59,8 @@ class Residency:
         self._runs: dict[str, Run] = {}  # those that are open
         self._generations: OrderedDict[str, int] = OrderedDict()  # run -> engine generation; least used first
         self._leaving: set[str] = set()
+        self._coming: set[str] = set()  # there is room for them, and they are not in the engine yet
+        self._making_room = asyncio.Lock()
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
         self.lose: Callable[[Run, RunLost], None]
@@ -97,16 +99,20 @@ class Residency:
         if run_id in self._runs and run_id not in self._bringing:
             self._bringing[run_id] = asyncio.get_running_loop().create_task(self._bring(run_id))
 
-    async def make_room(self, run: Run) -> None:
-        """Have the least used runs leave until there is memory for ``run``. One that computes stays until it has."""
-        while sum(map(self._bytes, {*self._generations, run.run_id})) > self._max_bytes:
-            others = [run_id for run_id in self._generations if run_id != run.run_id]
-            leaving = next((run_id for run_id in others if not self._scheduler.is_running(run_id)), None)
-            if leaving is not None and not await self._leave(leaving):
-                return  # the disk does not take it: rather too much memory than a run that is gone
-            if not others:
-                return
-            await asyncio.sleep(_POLL_S)
+    @asynccontextmanager
+    async def room(self, run: Run) -> AsyncIterator[None]:
+        """Memory for ``run``, which is put into the engine meanwhile: the least used runs leave for it. One that
+        computes stays until it has."""
+        if self._is_here(run.run_id):  # nor may it wait for others, which may wait for it
+            yield
+            return
+        async with self._making_room:
+            await self._make_room(run)
+            self._coming.add(run.run_id)
+        try:
+            yield
+        finally:
+            self._coming.discard(run.run_id)
 
     async def serve(self) -> None:
         """Write snapshots when they are due; runs until cancelled."""
@@ -152,7 +158,9 @@ class Residency:
         except Damaged as error:
             text = f"run {run_id} cannot be brought back: {error}; load_state(path) of a checkpoint goes on from there"
             log.error("run lost", run=run_id, error=str(error))
-            self.lose(self._runs.pop(run_id), RunLost(text))
+            lost = self._runs.pop(run_id, None)
+            if lost is not None:  # else it has ended, and its snapshot with it
+                self.lose(lost, RunLost(text))
         except TuftError as error:  # the disk or the database may do better soon, or the next server has the model
             log.error("a run cannot be brought back yet", run=run_id, error=str(error))
             await asyncio.sleep(_PAUSE_S)
@@ -161,14 +169,26 @@ class Residency:
         self._scheduler.dispatch()
 
     async def _place(self, run: Run) -> None:
-        await self.make_room(run)
-        generation = self._engine.generation
-        async with self._snapshots.holding(run.run_id):
-            await self._restore(run)
-        if run.run_id in self._runs:
-            self.placed(run.run_id, generation)
-        else:  # ended meanwhile
-            self._engine.submit([DropAdapter(run.run_id)])
+        async with self.room(run):
+            generation = self._engine.generation
+            async with self._snapshots.holding(run.run_id):
+                await self._restore(run)
+            if run.run_id in self._runs:
+                self.placed(run.run_id, generation)
+            else:  # ended meanwhile
+                self._engine.submit([DropAdapter(run.run_id)])
+
+    async def _make_room(self, run: Run) -> None:
+        while True:
+            others = [run_id for run_id in self._generations if self._is_here(run_id)]
+            if sum(map(self._bytes, {*others, *self._coming, run.run_id})) <= self._max_bytes:
+                return
+            if not others and not self._coming:
+                return  # it needs more than there is, all by itself
+            leaving = next((run_id for run_id in others if not self._scheduler.is_running(run_id)), None)
+            if leaving is not None and not await self._leave(leaving):
+                return  # the disk does not take it: rather too much memory than a run that is gone
+            await asyncio.sleep(_POLL_S)
 
     async def _restore(self, run: Run) -> None:
         """Raises TuftError."""
@@ -176,7 +196,7 @@ class Residency:
         await self._futures.writing.flush()  # a result that was not journaled yet would not be computed again
         snapshot = await asyncio.to_thread(self._journal.snapshot, run.run_id)
         entries = await asyncio.to_thread(self._journal.of_run, run.run_id, -1 if snapshot is None else snapshot.seq)
-        done = [entry for entry in entries if entry.outcome == "ok"]
+        done = [entry for entry in entries if entry.outcome in ("ok", "spent")]
         if snapshot is not None:
             state = await self._snapshots.read(snapshot)
             state = replace(state, spec=run.spec, optimizer=run.optimizer)
@@ -193,12 +213,12 @@ class Residency:
     async def _replay(self, run: Run, done: Sequence[JournaledFuture]) -> int:
         """Compute again what changed the run's state; returns how many operations that were."""
         num_replayed = 0
-        replies: list[asyncio.Task[Any]] = []
+        replies: list[asyncio.Task[None]] = []
         try:
             for entry in done:
                 parts = await self._parts(entry) if entry.name in REPLAYED else []
                 num_replayed += bool(parts)
-                replies += [asyncio.create_task(self._scheduler.replies.ask(part)) for part in parts]
+                replies += [asyncio.create_task(self._again(entry, part)) for part in parts]
                 while len(replies) >= _MAX_REPLAYED_AT_ONCE:
                     await replies.pop(0)
             await asyncio.gather(*replies)
@@ -207,6 +227,13 @@ class Residency:
         if num_replayed:
             self._snapshots.changed(run.run_id)
         return num_replayed
+
+    async def _again(self, entry: JournaledFuture, part: RunLoss | OptimStep) -> None:
+        try:
+            await self._scheduler.replies.ask(part)
+        except UserError as error:
+            if entry.outcome != "spent":  # which fails as it did the first time
+                raise Damaged(f"seq_id {entry.key.seq}, which was done once, now fails: {error}") from error
 
     async def _parts(self, entry: JournaledFuture) -> Sequence[RunLoss | OptimStep]:
         """What it did to the run's state, in the parts in which it was computed the first time."""

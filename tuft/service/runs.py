@@ -180,7 +180,7 @@ class Runs:
             waiting = operations.get(run.run_id, ())
             next_seq, is_begun = self._journal.position(run.run_id)
             if not is_begun and not any(operation.seq == _CREATION_SEQ for operation in waiting):
-                self._catalog.set_run_status(run.run_id, "failed")  # it was never acknowledged
+                self._forget_unborn(run, next_seq)
                 continue
             self._open[run.run_id] = run
             self._residency.open(run)
@@ -191,6 +191,12 @@ class Runs:
             work = partial(_unloaded, known.key.subject_id) if ending is None else partial(self._unload, ending)
             self._scheduler.errands.resume(known.future_id, work)
         return num_open
+
+    def _forget_unborn(self, run: Run, next_seq: int) -> None:
+        if next_seq > _CREATION_SEQ:
+            self._catalog.set_run_status(run.run_id, "failed")
+        else:  # it was never acknowledged: its client asks again
+            self._catalog.delete_run(run.run_id)
 
     async def _unload(self, run: Run) -> FutureResult:
         present = self._open.get(run.run_id, run)
@@ -289,13 +295,13 @@ class Runs:
 
     async def place(self, run: Run, command: CreateAdapter | LoadAdapter) -> None:
         """Put the run's adapter into the engine; from then on the run is live."""
-        await self._residency.make_room(run)
-        generation = self._engine.generation
-        await self._scheduler.replies.ask(command)
-        if run.run_id not in self._open:  # unloaded meanwhile
-            await self._scheduler.replies.ask(DropAdapter(run.run_id))
-            raise RunLost(f"run {run.run_id} was unloaded before it could begin")
-        self._residency.placed(run.run_id, generation)
+        async with self._residency.room(run):
+            generation = self._engine.generation
+            await self._scheduler.replies.ask(command)
+            if run.run_id not in self._open:  # unloaded meanwhile
+                await self._scheduler.replies.ask(DropAdapter(run.run_id))
+                raise RunLost(f"run {run.run_id} was unloaded before it could begin")
+            self._residency.placed(run.run_id, generation)
         self._set_status(run, "live")
 
     def _lose(self, run: Run, reason: RunLost) -> None:

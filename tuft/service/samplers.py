@@ -8,13 +8,14 @@ from functools import partial
 
 from tuft.config import LimitsSection
 from tuft.engine.base import CancelSample, Engine, Sample
-from tuft.errors import InvalidInput, NotFound, refusing
+from tuft.errors import InvalidInput, NotFound, StorageError, TuftError, refusing
 from tuft.records import FutureKey, JournaledFuture, Run, SamplerInfo, SamplingClient, Tenant, now
 from tuft.service.activity import Activity
 from tuft.service.admission import Admission
 from tuft.service.calls import SampleCall
 from tuft.service.checkpoints import Checkpoints
 from tuft.service.completions import Completions
+from tuft.service.errands import Errand
 from tuft.service.futures import Futures
 from tuft.service.models import BaseModels
 from tuft.service.provenance import Provenance
@@ -182,13 +183,19 @@ class Samplers:
                 self._completions.note_end(future_id)
                 continue
             tenant = Tenant(known.tenant_id, "", key_number=known.key_number)
-            call: SampleCall = await self._futures.request(future_id)
+            work: Errand
+            span = None
             sampler = self._catalog.sampler(tenant, known.key.subject_id)
-            if sampler is None:
-                work, span = partial(_forgotten, known.key.subject_id), None
+            try:
+                call: SampleCall = await self._futures.request(future_id)
+            except StorageError as error:  # this one fails, the others go on
+                work = partial(_failing, error)
             else:
-                work = partial(self._sample, tenant, sampler, seq, call)
-                span = partial(self._activity.sample, sampler, seq, call.spec, known.key_number)
+                if sampler is None:
+                    work = partial(_failing, _forgotten(known.key.subject_id))
+                else:
+                    work = partial(self._sample, tenant, sampler, seq, call)
+                    span = partial(self._activity.sample, sampler, seq, call.spec, known.key_number)
             self._scheduler.errands.resume(
                 future_id, work, span=span, can_cancel=True, on_end=self._completions.note_end
             )
@@ -262,9 +269,13 @@ def _sequence_ids(sampler_id: str, seq: int, spec: SampleSpec) -> list[str]:
     return [f"{sampler_id}:{seq}:{index}" for index in range(spec.num_samples)]
 
 
-async def _forgotten(sampler_id: str) -> FutureResult:
+async def _failing(error: TuftError) -> FutureResult:
+    raise error
+
+
+def _forgotten(sampler_id: str) -> NotFound:
     error = NotFound(f"sampling_session_id: {sampler_id!r} was forgotten with its session")
-    raise refusing("sampler", sampler_id, error)
+    return refusing("sampler", sampler_id, error)
 
 
 def _sampler_id(session_id: str, sampling_session_seq_id: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from tuft.engine.base import Command, Engine, OptimStep, RunLoss
-from tuft.errors import EngineDied, QuotaExceeded, RunLost, TuftError, UserError
+from tuft.errors import Damaged, EngineDied, QuotaExceeded, RunLost, TuftError, UserError
 from tuft.records import FutureKey, Run, Tenant
 from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
@@ -233,9 +233,11 @@ class Scheduler:
         async def load() -> None:
             try:
                 operation.work = await self._futures.request(operation.future_id)
-            except TuftError as error:  # the disk lost it: its turn passes with an error
-                refused = failure(error)
-                operation.work = Rejected(refused.message, refused.category)
+            except Damaged as error:  # the disk lost it: its turn passes with an error
+                operation.work = Rejected(error.told, "server")
+            except TuftError as error:  # the disk may do better soon
+                log.error("a request cannot be read yet", future=operation.future_id, error=str(error))
+                await asyncio.sleep(_SWEEP_INTERVAL_S)
             finally:
                 self._loading.discard(operation.future_id)
             self.dispatch()
@@ -300,7 +302,7 @@ class Scheduler:
         operation = part.operation
         self._queue.finished(part)
         if isinstance(result, Failure) and operation.error is None:
-            operation.error = result
+            operation.error = replace(result, is_spent=isinstance(part.work, OptimStep))
         if part.is_last:
             settled = operation.error or result
             assert settled is not None

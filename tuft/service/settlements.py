@@ -55,4 +55,6 @@ def size_bytes(result: Settlement) -> int:
 
 def outcome_of(result: Settlement) -> Outcome:
     """Its short form in the journal."""
-    return "failed" if isinstance(result, Failure) else "ok"
+    if isinstance(result, Failure):
+        return "spent" if result.is_spent else "failed"
+    return "ok"

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from tuft.errors import StorageError
+from tuft.errors import Damaged, StorageError
 
 INLINE_BYTES = 16 * 1024
 """What is longer gets a file: rows stay short, so that reading many is quick."""
@@ -37,11 +37,13 @@ class Spool:
             raise StorageError(f"{len(value)} bytes of a {content} could not be journaled: {error.strerror}") from error
 
     def read(self, future_id: str, content: Content) -> bytes:
-        """Raises StorageError."""
+        """Raises Damaged if the file is gone, StorageError for what may pass: a disk that is not mounted, say."""
         try:
             return self._path(future_id, content).read_bytes()
         except OSError as error:
-            raise StorageError(f"the {content} of {future_id} cannot be read: {error.strerror}") from error
+            is_gone = isinstance(error, FileNotFoundError) and self._root.is_dir()
+            kind = Damaged if is_gone else StorageError
+            raise kind(f"the {content} of {future_id} cannot be read: {error.strerror}") from error
 
     def delete(self, future_id: str, content: Content) -> None:
         """One that is not there is fine; what cannot be deleted now is swept by the next server."""

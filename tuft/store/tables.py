@@ -164,7 +164,7 @@ samplers = Table(
 
 # Every acknowledged request whose answer is a future: an operation of a run, a sample, ... Its client counts it by
 # ``subject_id`` and ``seq``. ``request`` and ``result`` are encoded records (``tuft.encoding``); a large one is a file
-# (``store.spool``), and null here. ``outcome`` is null while the future is pending, then "ok" or "failed";
+# (``store.spool``), and null here. ``outcome`` is null while the future is pending, then "ok", "failed" or "spent";
 # ``result_bytes`` is null once the result is no longer kept. ``forget_at_s``: when it may go, on the clock of
 # ``server_clock``, which stands still while no server runs and does not jump.
 futures = Table(
