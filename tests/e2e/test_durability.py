@@ -31,7 +31,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("durable") / "home", tiny_config(tiny_model))
+    room_for_one = "[engine]\nrun_memory_gib = 0.00024\n"  # of rank 4: the runs of a test leave memory for each other
+    running = Server(tmp_path_factory.mktemp("durable") / "home", tiny_config(tiny_model, room_for_one))
     running.start()
     yield running
     running.stop()
@@ -57,30 +58,33 @@ def losses(futures: list[Any]) -> list[float]:
 
 
 def test_a_killed_engine_is_a_delay_and_changes_no_number(server: Server, client: tinker.ServiceClient) -> None:
-    twin, training = begin(client), begin(client)
+    twin, runs = begin(client), [begin(client), begin(client)]
     expected = losses([step(twin) for _ in range(6)])
-    first = losses([step(training) for _ in range(2)])
-    sampler = training.save_weights_and_get_sampling_client().result()
+    first = [losses([step(run) for _ in range(2)]) for run in runs]
+    sampler = runs[0].save_weights_and_get_sampling_client().result()
     prompt = types.ModelInput.from_ints(TOKENS)
     before = sampler.compute_logprobs(prompt).result()
-    under_way = [step(training) for _ in range(2)]
+    under_way = [[step(run) for run in runs] for _ in range(2)]
     assert server.kill_engine()
     assert httpx.get(f"{server.url}/api/v1/healthz").json() == {"status": "ok"}
-    later = [step(training) for _ in range(2)]
-    assert first + losses(under_way + later) == expected
+    later = [[step(run) for run in runs] for _ in range(2)]
+    for begun, *rest in zip(first, *under_way, *later, strict=True):
+        assert begun + losses(rest) == expected
     assert sampler.compute_logprobs(prompt).result() == before
 
 
 def test_a_killed_server_is_a_delay_and_changes_no_number(server: Server, client: tinker.ServiceClient) -> None:
-    twin, training = begin(client), begin(client)
+    twin, runs = begin(client), [begin(client), begin(client)]
     expected = losses([step(twin) for _ in range(6)])
-    first = losses([step(training) for _ in range(2)])
-    saved = training.save_state("before").result().path
-    under_way = [step(training) for _ in range(2)]
+    first = [losses([step(run) for _ in range(2)]) for run in runs]
+    saved = runs[0].save_state("before").result().path
+    under_way = [[step(run) for run in runs] for _ in range(2)]
     for _ in range(2):
         server.kill()
         server.start()
-    assert first + losses(under_way) + losses([step(training) for _ in range(2)]) == expected
+    later = [[step(run) for run in runs] for _ in range(2)]
+    for begun, *rest in zip(first, *under_way, *later, strict=True):
+        assert begun + losses(rest) == expected
     resumed = client.create_training_client_from_state_with_optimizer(saved).result()
     assert losses([step(resumed) for _ in range(4)]) == expected[2:]
 
@@ -137,15 +141,20 @@ def test_every_request_is_done_once_however_often_it_comes_also_across_a_restart
     ids: dict[str, set[str]] = {name: set() for name in kinds}
     results = {}
     with ThreadPoolExecutor(5) as threads:
-        for name, (path, body) in kinds.items():
-            answers = list(threads.map(lambda _, path=path, body=body: post(server, path, **body), range(5)))
+
+        def five_times(name: str) -> None:
+            path, body = kinds[name]
+            answers = list(threads.map(lambda _: post(server, path, **body), range(5)))
             assert [answer.status_code for answer in answers] == [200] * 5, answers[0].text
             ids[name].update(answer.json()["request_id"] for answer in answers)
+
+        for name in kinds:
+            five_times(name)
             results[name] = settled(server, next(iter(ids[name])))
-    server.kill()
-    server.start()
-    for name, (path, body) in kinds.items():
-        ids[name].add(post(server, path, **body).json()["request_id"])
+        server.kill()
+        server.start()
+        for name in kinds:
+            five_times(name)
     assert {name: len(found) for name, found in ids.items()} == dict.fromkeys(kinds, 1)
     assert {name: settled(server, next(iter(found))) for name, found in ids.items()} == results
     failed = [name for name, result in results.items() if "error" in result]
@@ -158,19 +167,35 @@ def test_every_request_is_done_once_however_often_it_comes_also_across_a_restart
     assert num_tokens == len(TOKENS) - 1
 
 
+CHANGED: dict[str, dict[str, Any]] = {
+    "create_model": {"lora_config": {"rank": 8}},
+    "forward_backward": {"forward_backward_input": {"data": [], "loss_fn": "cross_entropy"}},
+    "optim_step": {"adam_params": {"learning_rate": 0.5}},
+    "save_weights": {"path": "twice"},
+    "save_weights_for_sampler": {"sampling_session_seq_id": 8},
+    "load_weights": {"optimizer": False},
+    "asample": {"num_samples": 2},
+    "create_custom_loss": {"name": "y"},
+}
+"""What each request is not when it comes for the second time; there are no two ways to unload a run."""
+
+
 def test_another_request_of_the_same_seq_is_an_error_that_is_not_retried(server: Server) -> None:
     kinds = requests(server)
-    for name in ("create_model", "optim_step", "asample"):
-        path, body = kinds[name]
-        assert post(server, path, **body).status_code == 200
-        changed = {
-            "create_model": {"lora_config": {"rank": 8}},
-            "optim_step": {"adam_params": {"learning_rate": 0.5}},
-            "asample": {"num_samples": 2},
-        }[name]
-        refused = post(server, path, **{**body, **changed})
-        assert refused.status_code == 400
-        assert "was used by another request; a retry must repeat the first one" in refused.json()["detail"]
+    accepted = {name: post(server, kinds[name][0], **kinds[name][1]).json()["request_id"] for name in CHANGED}
+
+    def complain() -> None:
+        for name, change in CHANGED.items():
+            path, body = kinds[name]
+            refused = post(server, path, **{**body, **change})
+            assert refused.status_code == 400, f"{name}: {refused.text}"
+            assert "was used by another request; a retry must repeat the first one" in refused.json()["detail"]
+
+    complain()
+    server.kill()
+    server.start()
+    complain()
+    assert "error" not in settled(server, accepted["load_weights"]), "the first request of each is none the worse"
 
 
 def test_what_a_killed_server_had_saved_verifies(server: Server, client: tinker.ServiceClient) -> None:

@@ -11,8 +11,9 @@ import pytest
 from tests.conftest import TINY_MODEL
 from tests.service.conftest import Settled
 from tuft.records import Session, Tenant
+from tuft.service.futures import Pending
 from tuft.service.services import Services
-from tuft.types import AdamParams, Datum, Failure, LoraSpec, LossResult, RunCreated
+from tuft.types import AdamParams, Datum, Failure, LoraSpec, LossResult, RunCreated, WeightsLoaded
 
 DATUM = Datum(np.asarray([1, 2, 3, 4]), {"target_tokens": np.asarray([2, 3, 4, 5])})
 
@@ -24,10 +25,13 @@ class Trained:
         self.services, self.tenant, self.run_id, self.settled = services, tenant, run_id, settled
         self._seq = 0
 
+    def next_seq(self) -> int:
+        self._seq += 1
+        return self._seq
+
     async def step(self) -> float:
         """The loss before the step."""
-        first = self._seq + 1
-        self._seq += 2
+        first, _ = self.next_seq(), self.next_seq()
         operations, who = self.services.operations, (self.tenant, self.run_id)
         loss = await operations.forward_backward(*who, first, (DATUM,), "cross_entropy", {}, True)
         step = await operations.optim_step(*who, first + 1, AdamParams(learning_rate=0.1))
@@ -117,6 +121,111 @@ async def test_a_damaged_snapshot_ends_its_run_alone_and_says_how_to_go_on(
     failed = await settled(await services.operations.optim_step(alice, run.run_id, 3, AdamParams()))
     assert isinstance(failed, Failure)
     assert failed.category == "user"
-    assert "load_state(path)" in failed.message
+    assert "create_training_client_from_state" in failed.message
     assert services.runs.get(alice, run.run_id).status == "lost"
     await other.step()
+
+
+async def test_a_disk_that_is_away_for_a_while_is_a_delay(
+    services: Services, train: Train, twin: Callable[[int], Awaitable[list[float]]], settled: Settled, alice: Tenant
+) -> None:
+    run = await train(0)
+    losses = [await run.step(), await run.step()]
+    make_small(services, 1.2)
+    await train(1)
+    there = services.config.home / "snapshots"
+    away = there.rename(there.with_name("not-mounted"))
+    operation = (alice, run.run_id, run.next_seq(), (DATUM,), "cross_entropy", {}, True)
+    waiting = await services.operations.forward_backward(*operation)
+    assert isinstance(await services.futures.wait(alice, waiting, hold_s=1.0), Pending)
+    away.rename(there)
+    result = await settled(waiting)
+    assert isinstance(result, LossResult)
+    services.residency._max_bytes = 2**40
+    assert [*losses, result.metrics["loss:sum"]] == await twin(3)
+
+
+async def test_runs_that_begin_at_once_take_no_more_than_there_is(services: Services, train: Train) -> None:
+    first = await train(0)
+    make_small(services, 1.5)
+    others = asyncio.gather(train(1), train(2))
+    most = 0
+    while not others.done():
+        residency = services.residency
+        most = max(most, len({run for run in residency._generations if residency._is_here(run)} | residency._coming))
+        await asyncio.sleep(0)
+    assert most == 1
+    assert len({await run.step() for run in (first, *await others)}) == 1
+
+
+async def test_loads_of_runs_that_are_there_do_not_wait_for_each_other(
+    services: Services, train: Train, settled: Settled, alice: Tenant
+) -> None:
+    runs = [await train(0), await train(1)]
+    paths = []
+    for run in runs:
+        saving = (alice, run.run_id, run.next_seq(), "x", None, False, {})
+        await settled(await services.operations.save_weights(*saving))
+        paths.append(f"tinker://{run.run_id}/weights/x")
+    make_small(services, 1.2)  # as if both had come while the disk took no snapshot
+    loading = [
+        await services.operations.load_weights(alice, run.run_id, run.next_seq(), path, True, None)
+        for run, path in zip(runs, paths, strict=True)
+    ]
+    assert all([isinstance(await settled(future_id), WeightsLoaded) for future_id in loading])
+    assert await runs[0].step() == await runs[1].step()
+
+
+async def test_a_run_that_ends_while_it_is_brought_in_disturbs_nobody(
+    services: Services, train: Train, settled: Settled, alice: Tenant
+) -> None:
+    run = await train(0)
+    await run.step()
+    make_small(services, 1.2)
+    other = await train(1)
+    waiting = await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams())
+    await settled(await services.runs.unload(alice, run.run_id))
+    assert isinstance(await settled(waiting), Failure)
+    await other.step()
+    assert services.runs.get(alice, run.run_id).status == "unloaded"
+    assert services.residency.num_resident == 1
+    assert not list((services.config.home / "snapshots").glob(f"{run.run_id}/*"))
+
+
+async def test_a_request_that_a_run_needs_to_come_back_and_the_disk_lost_ends_that_run_alone(
+    services: Services, train: Train, settled: Settled, alice: Tenant
+) -> None:
+    data = tuple(Datum(np.arange(1, 100), {"target_tokens": np.arange(2, 101)}) for _ in range(20))
+    run, other = await train(0), await train(1)
+    large = (alice, run.run_id, run.next_seq(), data, "cross_entropy", {}, True)
+    assert isinstance(await settled(await services.operations.forward_backward(*large)), LossResult)
+    (file,) = (services.config.home / "journal").glob("*/*.request")
+    file.unlink()
+    services.residency._generations.clear()  # as after the death of the engine
+    failed = await settled(await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams()))
+    assert isinstance(failed, Failure)
+    assert "create_training_client_from_state" in failed.message
+    assert services.runs.get(alice, run.run_id).status == "lost"
+    await other.step()
+
+
+async def test_a_step_that_failed_in_the_engine_fails_again_when_its_run_comes_back(
+    services: Services, train: Train, settled: Settled, alice: Tenant
+) -> None:
+    """It has taken the gradients: without it, those of the next step would be others."""
+
+    async def losses(number: int, *, is_disturbed: bool) -> list[float]:
+        run = await train(number)
+        huge = {"advantages": np.full(4, 1e30, np.float32), "logprobs": np.zeros(4, np.float32)}
+        data = (Datum(DATUM.tokens_T, {**DATUM.loss_fn_inputs, **huge}),)
+        operation = (alice, run.run_id, run.next_seq(), data, "importance_sampling", {}, True)
+        assert isinstance(await settled(await services.operations.forward_backward(*operation)), LossResult)
+        failed = await settled(await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams()))
+        assert isinstance(failed, Failure)
+        assert "They were discarded" in failed.message
+        first = await run.step()
+        if is_disturbed:
+            services.residency._generations.clear()  # as after the death of the engine
+        return [first, await run.step()]
+
+    assert await losses(1, is_disturbed=True) == await losses(2, is_disturbed=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tuft.engine.base import LoadAdapter
-from tuft.errors import InvalidInput
+from tuft.errors import InvalidInput, StorageError
 from tuft.records import Checkpoint, Run, Tenant
 from tuft.service.calls import CreateRunFromCheckpoint, LoadWeights
 from tuft.service.checkpoints import Checkpoints, require_same
 from tuft.service.queue import Operation
+from tuft.service.residency import Residency
 from tuft.service.runs import Runs
 from tuft.service.scheduler import Scheduler
 from tuft.service.snapshots import Snapshots
@@ -19,8 +20,11 @@ from tuft.types import AdapterState, FutureResult, WeightsLoaded
 class Loading:
     """Does what the calls ask for when their turn has come."""
 
-    def __init__(self, scheduler: Scheduler, runs: Runs, checkpoints: Checkpoints, snapshots: Snapshots) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runs: Runs, checkpoints: Checkpoints, snapshots: Snapshots, residency: Residency
+    ) -> None:
         self._runs = runs
+        self._residency = residency
         self._checkpoints = checkpoints
         self._snapshots = snapshots
         scheduler.perform(CreateRunFromCheckpoint, self._create_from_checkpoint)
@@ -55,7 +59,11 @@ class Loading:
     async def _load(self, run: Run, seq: int, state: AdapterState) -> None:
         """Go on from ``state``. It becomes the run's snapshot: the checkpoint may be gone when the run comes back."""
         await self._runs.place(run, LoadAdapter(run.run_id, run.base_model, state, trainable=True))
-        await self._snapshots.write(run, seq, state)
+        try:
+            await self._snapshots.write(run, seq, state)
+        except StorageError:  # then nothing has been loaded
+            self._residency.discard(run.run_id)
+            raise
 
     async def _read_state(self, run: Run, reader: Tenant, checkpoint: Checkpoint, with_optimizer: bool) -> AdapterState:
         """What ``run`` is to begin with, or to go on with."""

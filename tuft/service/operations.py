@@ -231,7 +231,7 @@ class Operations:
                 await self._copy(run, saved.directory)
             return SamplerSaved(str(path), None)
         assert call.sampling_session_seq_id is not None
-        known = self._samplers.saved_by(run, call.sampling_session_seq_id, operation.seq)
+        known = await self._samplers.saved_by(run, call.sampling_session_seq_id, operation.seq)
         if known is not None:
             return SamplerSaved(None, known.sampler_id)
         self._samplers.require_free(run.session_id, call.sampling_session_seq_id)

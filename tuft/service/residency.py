@@ -23,7 +23,7 @@ from tuft.service.calls import CreateRun
 from tuft.service.futures import Futures
 from tuft.service.models import BaseModels
 from tuft.service.queue import cut_loss
-from tuft.service.scheduler import Scheduler
+from tuft.service.scheduler import HOW_TO_GO_ON, Scheduler
 from tuft.service.snapshots import Snapshots
 from tuft.store.journal import Journal
 
@@ -73,14 +73,20 @@ class Residency:
     def close(self, run_id: str) -> None:
         """The run has ended: neither the engine nor the disk needs to hold it."""
         self._runs.pop(run_id, None)
-        if self._generations.pop(run_id, None) is not None or run_id in self._bringing:
+        if run_id in self._bringing:
             self._engine.submit([DropAdapter(run_id)])
+        self.discard(run_id)
         self._snapshots.forget(run_id)
 
     def placed(self, run_id: str, generation: int) -> None:
         """The run's adapter was put into the engine when it had that generation."""
         self._generations[run_id] = generation
         self._generations.move_to_end(run_id)
+
+    def discard(self, run_id: str) -> None:
+        """What the engine has of the run is not its state: it comes back from the disk."""
+        if self._generations.pop(run_id, None) is not None:
+            self._engine.submit([DropAdapter(run_id)])
 
     def is_resident(self, run_id: str) -> bool:
         if not self._is_here(run_id) or run_id in self._leaving:
@@ -156,7 +162,7 @@ class Residency:
         except EngineDied:
             await asyncio.sleep(_PAUSE_S)
         except Damaged as error:
-            text = f"run {run_id} cannot be brought back: {error}; load_state(path) of a checkpoint goes on from there"
+            text = f"run {run_id} cannot be brought back: {error}; {HOW_TO_GO_ON}"
             log.error("run lost", run=run_id, error=str(error))
             lost = self._runs.pop(run_id, None)
             if lost is not None:  # else it has ended, and its snapshot with it

@@ -98,12 +98,15 @@ class Samplers:
         if self._catalog.has_sampler(_sampler_id(session_id, sampling_session_seq_id)):
             raise InvalidInput("sampling_session_seq_id", sampling_session_seq_id, "is taken in this session")
 
-    def saved_by(self, run: Run, sampling_session_seq_id: int, seq: int) -> SamplerInfo | None:
+    async def saved_by(self, run: Run, sampling_session_seq_id: int, seq: int) -> SamplerInfo | None:
         """The sampling session that operation ``seq`` of the run has made already: an earlier server died before it
-        could say so."""
+        could say so, or had published the weights."""
         owner = Tenant(run.tenant_id, "")
         known = self._catalog.sampler(owner, _sampler_id(run.session_id, sampling_session_seq_id))
-        return known if known is not None and known.saved_seq == seq else None
+        if known is None or known.saved_seq != seq:
+            return None
+        await self._publish(known)
+        return known
 
     async def add_saved(
         self, run: Run, sampling_session_seq_id: int, directory: str, saved_seq: int, *, is_inflight: bool
@@ -121,10 +124,16 @@ class Samplers:
             inflight_run_id=run.run_id if is_inflight else None,
             saved_seq=saved_seq,
         )
-        for replaced in self._catalog.move_inflight_samplers(run.run_id, directory) if is_inflight else ():
+        await self._publish(sampler)
+        return sampler
+
+    async def _publish(self, sampler: SamplerInfo) -> None:
+        """If it is on mutable weights, have all such sessions of its run on its own."""
+        if sampler.inflight_run_id is None or sampler.directory is None:
+            return
+        for replaced in self._catalog.move_inflight_samplers(sampler.inflight_run_id, sampler.directory):
             await self.residents.loaded(replaced)
             self.residents.discard(replaced)
-        return sampler
 
     def join(self, tenant: Tenant, sampler_id: str) -> int:
         """Another client of a sampling session, in a process of its own; returns its number, which no other ever has.

@@ -200,7 +200,7 @@ class Scheduler:
 
     def _enqueue(self, run: Run, operation: Operation, num_bytes: int) -> None:
         if not self._queue.has(run.run_id):
-            self._settle(operation, failure(RunLost(f"run {run.run_id} is {run.status}: {_HOW_TO_GO_ON}")))
+            self._settle(operation, failure(RunLost(f"run {run.run_id} is {run.status}: {HOW_TO_GO_ON}")))
             return
         if not self._queue.accepts(run.run_id, operation.seq):
             message = f"seq_id: {operation.seq} of run {run.run_id} had its turn: it was given up, or is long done"
@@ -343,7 +343,7 @@ async def _maybe_in_thread(is_large: bool, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if is_large else work()
 
 
-_HOW_TO_GO_ON = (
+HOW_TO_GO_ON = (
     "continue from its last checkpoint with create_training_client_from_state_with_optimizer(path), "
     "or create a new training client"
 )

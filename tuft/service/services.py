@@ -144,7 +144,7 @@ class Services:
         scheduler, limits = self._scheduler, self.config.limits
         parts = (self._catalog, self._engine, scheduler, self.models, self.sessions, self.checkpoints, limits)
         self.runs = Runs(*parts, self.projects, self._journal, self.residency, self._snapshots, self.quotas)
-        Loading(scheduler, self.runs, self.checkpoints, self._snapshots)
+        Loading(scheduler, self.runs, self.checkpoints, self._snapshots, self.residency)
         self.samplers = Samplers(*parts, self.provenance, self.completions, activity, self.futures, self._admission)
         self.custom_losses = CustomLosses(
             CustomLossTable(database), scheduler, self.sessions, self.futures, limits.max_custom_losses
