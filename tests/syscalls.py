@@ -53,6 +53,8 @@ class Call:
     name: str
 
 
+RAISED = 70
+"""The exit code of a child whose work raised an error."""
 KILL = "kill"
 Decision = int | str | None
 """An ``errno`` to answer with, ``KILL``, or None to go on."""
@@ -109,7 +111,7 @@ def hold(work: Callable[[], None], decide: Callable[[Call], Decision], *, reads:
 
 def _be_held(work: Callable[[], None], socket_to_parent: socket.socket, log: int, reads: bool) -> None:
     """The child's whole life."""
-    code = 1
+    code = RAISED
     try:
         names = {name for name in _NUMBERS[platform.machine()] if reads or name not in READS}
         listener = _install_filter(names)
@@ -118,7 +120,7 @@ def _be_held(work: Callable[[], None], socket_to_parent: socket.socket, log: int
         work()
         code = 0
     except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 1
+        code = exit_.code if isinstance(exit_.code, int) else RAISED
     except BaseException:  # noqa: BLE001 - told to the parent
         with suppress(OSError):
             os.write(log, traceback.format_exc().encode()[-60_000:])

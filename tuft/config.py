@@ -85,8 +85,8 @@ class EngineSection(Section):
     )
     compiled_kernels: bool = Field(
         True,
-        description="CPU kernels compiled by numba at first start, while torch's operators compute, and kept in the "
-        "home; false: torch's operators only",
+        description="CPU kernels compiled by numba at first start, about a minute, and kept in the home; false: "
+        "torch's operators only",
     )
     adapter_memory_gib: float | None = Field(
         None,
@@ -100,7 +100,18 @@ class EngineSection(Section):
         description="memory of the host for adapters and optimizers of training runs; those used longest ago leave for "
         "the disk, and come back when they are used; default: 40 % of the machine's",
     )
+    memory_limit_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory of the host that the engine may take in all; passes and samples are cut to fit, and what "
+        "cannot fit is refused; default: what the machine or its container has",
+    )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: torch's own choice")
+    deterministic: bool | None = Field(
+        None,
+        description="the same operations give the same bits whoever else is here, and in every life of the engine; the "
+        "very first start then waits for CPU kernels to be compiled; default: true on a CPU; a GPU cannot",
+    )
 
 
 class LimitsSection(Section):

@@ -243,6 +243,20 @@ class MemoryNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryShares:
+    """What passes, and what all adapters together, may take of the host's memory, and what a pass takes, in bytes. A
+    pass of up to ``pass_tokens`` rows takes ``row_bytes`` each, a longer sequence, whose activations are not kept,
+    ``long_row_bytes``; either takes ``fixed_bytes`` beside."""
+
+    pass_bytes: int
+    adapter_bytes: int
+    pass_tokens: int
+    row_bytes: int
+    long_row_bytes: int
+    fixed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModelInfo:
     """What everyone may know of a loaded base model. ``tokenizer_dir`` holds tokenizer.json, tokenizer_config.json
     and config.json as Hugging Face writes them."""
@@ -259,6 +273,8 @@ class BaseModelInfo:
     linear_shapes: Mapping[str, tuple[int, int]]
     """Linear name as in PEFT (``model.layers.0.self_attn.q_proj``, ``lm_head``) to (out_features, in_features)."""
     memory_plan: tuple[MemoryNeed, ...] = ()
+    memory: MemoryShares | None = None
+    """None where the host's memory is not what bounds it: on a GPU."""
 
 
 # --- what a settled future holds, beside LossResult, OptimStepResult and SampleResult ---------------------------------

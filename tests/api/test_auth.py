@@ -23,7 +23,6 @@ PUBLIC = {
     f"{API_PREFIX}/traces/{{session_id}}",
     "/openapi.json",
     "/docs",
-    "/docs/oauth2-redirect",
     "/{name}/resolve/{revision}/{file}",
     "/api/models/{name}",
     "/api/models/{name}/revision/{revision}",

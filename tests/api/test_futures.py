@@ -25,7 +25,7 @@ def test_a_pending_future_is_408_with_its_queue_state(server: Served, run_id: st
         "type": "try_again",
         "request_id": waiting,
         "queue_state": "active",
-        "queue_state_reason": None,
+        "queue_state_reason": "waits for seq_id 1 of its run, which has not come",
     }
     post(server.alice, "optim_step", model_id=run_id, seq_id=1, adam_params={})
     assert settled(server.alice, waiting).status_code == 200

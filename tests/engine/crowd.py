@@ -18,13 +18,14 @@ import numpy as np
 
 from tuft.engine.base import (
     BaseModelSource,
+    CancelSample,
+    CheckCustomLoss,
     Command,
     CopyAdapter,
     CreateAdapter,
     DropAdapter,
     EngineSettings,
     ExportAdapter,
-    LoadAdapter,
     OptimStep,
     RunLoss,
     Sample,
@@ -77,21 +78,19 @@ class Shape:
     num_turns: int = 12
 
 
-def life(shape: Shape, number: int, rank: int | None = None, state: AdapterState | None = None) -> Life:
-    """The life of that number, the same whenever it is asked for. ``state``: it goes on from there."""
+def life(shape: Shape, number: int) -> Life:
+    """The life of that number, the same whenever it is asked for."""
     rng = np.random.default_rng(number)
     name = f"run-{number}"
     dimuon = number % 3 == 2
     spec = LoraSpec(
-        rank=rank or int(rng.choice(RANKS)),
+        rank=int(rng.choice(RANKS)),
         seed=number,
         train_attn=number % 4 != 1,
         train_mlp=number % 4 != 2,
         train_unembed=number % 2 == 0,
     )
-    first: Command = CreateAdapter(name, shape.base_model, spec, "dimuon" if dimuon else "adamw")
-    if state is not None:
-        first = LoadAdapter(name, shape.base_model, state, trainable=True)
+    first = CreateAdapter(name, shape.base_model, spec, "dimuon" if dimuon else "adamw")
     turns: list[tuple[Command, ...]] = [(first,)]
     for turn in range(shape.num_turns):
         turns += _turns(shape, name, turn, dimuon, rng)
@@ -185,7 +184,49 @@ def _sample(shape: Shape, adapter_id: str | None, rng: np.random.Generator) -> S
     )
 
 
+def poisoned(shape: Shape, number: int) -> Life:
+    """A life that sends what no model can compute, and makes its adapter diverge."""
+    rng = np.random.default_rng(number)
+    name = f"poisoned-{number}"
+    turns: list[tuple[Command, ...]] = [(CreateAdapter(name, shape.base_model, LoraSpec(rank=8, seed=number)),)]
+    for turn in range(3 * shape.num_turns):
+        turns.append(_poison(shape, name, turn, rng))
+    return Life(name, tuple(turns))
+
+
+def _poison(shape: Shape, name: str, turn: int, rng: np.random.Generator) -> tuple[Command, ...]:
+    loss_fn = str(rng.choice(["cross_entropy", "ppo", "gspo"]))
+    datum = _datum(shape, int(rng.integers(1, 40)), np.zeros(0, np.int64), loss_fn, rng)
+    inputs = dict(datum.loss_fn_inputs)
+    match int(rng.integers(0, 8)):
+        case 0:  # a token that is none
+            tokens_T = datum.tokens_T.copy()
+            tokens_T[-1] = rng.choice([-1, shape.vocab_size, 2**40])
+            datum = Datum(tokens_T, inputs)
+        case 1:
+            inputs["target_tokens"] = inputs["target_tokens"] + shape.vocab_size
+            datum = Datum(datum.tokens_T, inputs)
+        case 2 | 3:  # numbers that are none, or that overflow
+            which = "weights" if loss_fn == "cross_entropy" else "advantages"
+            bad = rng.choice([np.nan, np.inf, 3e38]).astype(np.float32)
+            inputs[which] = np.full(inputs["target_tokens"].shape, bad)
+            datum = Datum(datum.tokens_T, inputs)
+        case 4:
+            return (OptimStep(name, AdamParams(learning_rate=float(rng.choice([1e3, 1e18, 3e38])))),)
+        case 5:  # a prompt that is none, or weights that have diverged
+            prompt = (3, int(rng.choice([-1, shape.vocab_size, 7])))
+            params = SamplingParams(max_tokens=8, seed=1, temperature=float(rng.choice([0.0, 1.0, 1e-30])))
+            frozen = f"{name}-frozen-{turn}"
+            return CopyAdapter(name, frozen), Sample(shape.base_model, frozen, SampleSpec(prompt, params), "tenant")
+        case 6:
+            return (ExportAdapter(name, with_optimizer=True), OptimStep(name, DimuonParams(learning_rate=1.0)))
+    return (RunLoss(name, (datum,), loss_fn, operation_id=f"{name}-{turn}"),)
+
+
 # --- living -----------------------------------------------------------------------------------------------------------
+
+OTHERS = CancelSample | CheckCustomLoss
+"""Commands that are of no adapter."""
 
 Record = list[str]
 """One line a command: what it was, and a digest of its reply."""
@@ -206,10 +247,21 @@ def live(engine: EngineProcess, lives: Sequence[Life], seed: int = 0, pause_s: f
             time.sleep(order.random() * pause_s)
     records = {name: [_line(command, future) for command, future in sent] for name, sent in replies.items()}
     for one in lives:
-        names = {command.adapter_id for turn in one.turns for command in turn}  # type: ignore[union-attr]
+        names = {command.adapter_id for turn in one.turns for command in turn if not isinstance(command, OTHERS)}
         for future in engine.submit([DropAdapter(name) for name in names if name is not None]):
             future.result(TIMEOUT_S)
     return records
+
+
+def state_after(engine: EngineProcess, life: Life, num_turns: int) -> AdapterState:
+    """The run's state once its first turns are over."""
+    for turn in life.turns[:num_turns]:
+        for future in engine.submit(turn):
+            future.result(TIMEOUT_S)
+    (state,) = [future.result(TIMEOUT_S) for future in engine.submit([ExportAdapter(life.adapter_id, True)])]
+    assert isinstance(state, AdapterState)
+    engine.submit([DropAdapter(life.adapter_id)])
+    return state
 
 
 def _num_open(sent: Sequence[tuple[Command, Future[Any]]]) -> int:

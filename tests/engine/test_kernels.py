@@ -34,7 +34,7 @@ def decoder() -> Decoder:
 
 
 def test_without_a_cache_there_are_no_kernels(decoder: Decoder) -> None:
-    upgrade = KernelUpgrade([decoder], None)
+    upgrade = KernelUpgrade([decoder], None, wait=True)
     upgrade.poll()
     assert not upgrade.is_pending
     assert isinstance(decoder.ops, EagerOps)
@@ -42,7 +42,7 @@ def test_without_a_cache_there_are_no_kernels(decoder: Decoder) -> None:
 
 def test_kernels_in_the_cache_are_there_at_once(decoder: Decoder, tmp_path: Path) -> None:
     build.load(tmp_path)
-    upgrade = KernelUpgrade([decoder], str(tmp_path))
+    upgrade = KernelUpgrade([decoder], str(tmp_path), wait=False)
     assert not upgrade.is_pending
     assert isinstance(decoder.ops, CompiledOps)
 
@@ -51,7 +51,7 @@ def test_kernels_in_the_cache_are_there_at_once(decoder: Decoder, tmp_path: Path
 def test_missing_kernels_are_compiled_elsewhere_while_torch_computes(decoder: Decoder, tmp_path: Path) -> None:
     """A real cold start, and what another version has left in the cache."""
     (tmp_path / "of another version").mkdir()
-    upgrade = KernelUpgrade([decoder], str(tmp_path))
+    upgrade = KernelUpgrade([decoder], str(tmp_path), wait=False)
     assert upgrade.is_pending
     assert isinstance(decoder.ops, EagerOps)
     deadline = time.monotonic() + 200
@@ -68,7 +68,7 @@ def test_a_cache_that_cannot_be_used_is_said_and_torch_goes_on(
     cache = tmp_path / "kernels"
     cache.touch()  # a file where the directory should be
     with caplog.at_level(logging.WARNING):
-        upgrade = KernelUpgrade([decoder], str(cache))
+        upgrade = KernelUpgrade([decoder], str(cache), wait=False)
         deadline = time.monotonic() + 60
         while upgrade.is_pending and time.monotonic() < deadline:
             upgrade.poll()

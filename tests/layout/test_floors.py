@@ -20,7 +20,7 @@ GROUND = {
         f"tuft.{name}"
         for name in "config encoding errors fairness footprint metering losses optimizers prefixes records".split()
     ),
-    *(f"tuft.{name}" for name in "scrub sections tokens turns types".split()),
+    *(f"tuft.{name}" for name in "machine scrub sections tokens turns types".split()),
 }
 MAY_SEE = {
     "models": set(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,12 +67,27 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def move(path: Path, to: Path) -> Path:
+    return path.rename(to)
+
+
+def directories(root: Path) -> list[Path]:
+    return list(root.glob("*/*/*"))
+
+
 async def names(checkpoints: Checkpoints) -> list[str]:
     listed, total = await checkpoints.list(ALICE.tenant_id, None, KINDS, 100, 0)
     assert total == len(listed)
     newest = (await checkpoints.newest([RUN.run_id])).values()
     assert {one.path for one in newest} <= {one.path for one in listed}
     return [checkpoint.path.name for checkpoint in listed]
+
+
+async def until(checkpoints: Checkpoints, expected: list[str]) -> None:
+    while True:
+        if await names(checkpoints) == expected:
+            return
+        await asyncio.sleep(0.01)
 
 
 def values(read: AdapterState) -> set[float]:
@@ -129,22 +144,20 @@ async def test_damage_is_found_in_the_background_and_forgotten_when_it_was_mende
     fast = StorageSection(verify_interval_days=1e-9, verify_bytes_per_s=1e12)
     serving = asyncio.create_task(Verification(CheckpointCatalog(database), root, fast).serve())
     async with asyncio.timeout(30):
-        while await names(checkpoints):
-            await asyncio.sleep(0.01)
+        await until(checkpoints, [])
         file.write_bytes(whole)
-        while not await names(checkpoints):
-            await asyncio.sleep(0.01)
+        await until(checkpoints, ["x"])
     serving.cancel()
     assert values(await checkpoints.read(x.directory, with_optimizer=True)) == {OLD}
 
 
 async def test_a_disk_that_is_not_mounted_marks_nothing(checkpoints: Checkpoints, x: Checkpoint, root: Path) -> None:
-    away = root.rename(root.with_name("away"))
+    away = move(root, root.with_name("away"))
     for call in (names(checkpoints), checkpoints.read(x.directory, with_optimizer=True)):
         with pytest.raises(StorageError, match="the directory of all checkpoints") as caught:
             await call
         assert not isinstance(caught.value, Damaged)
-    away.rename(root)
+    move(away, root)
     assert await names(checkpoints) == ["x"]
     await checkpoints.read(x.directory, with_optimizer=True)
 
@@ -178,7 +191,7 @@ async def test_readers_and_writers_of_one_name_at_once_get_one_save_or_another(
         writes = [write(float(first + number)) for number in range(5)]
         found = await asyncio.gather(*(read() for _ in range(5)), *writes, *(read() for _ in range(5)))
         assert all(len(got) == 1 for got in found if got is not None)
-    assert len(list(root.glob("*/*/*"))) == 1, "and the last one stays alone"
+    assert len(directories(root)) == 1, "and the last one stays alone"
     assert await names(checkpoints) == ["x"]
 
 
@@ -244,7 +257,7 @@ def test_a_database_that_names_nothing_deletes_nothing(inspection: Inspection, x
     (root / x.directory).rename(root / "t-lost")
     (root / "t-lost").rename(root / f"{x.directory}-lost")
     old = root / f"{x.directory}-lost"
-    shutil.copystat("/", old)
+    os.utime(old, (0, 0))  # no save is at work there
     (orphan,) = inspection.orphans()
     inspection.delete_orphans([orphan])
     assert not old.exists()

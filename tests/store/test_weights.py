@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyrage
 import pytest
 
+from tests.syscalls import Call, hold, unsupported
 from tuft.errors import Damaged, StorageError
 from tuft.store.weights import (
     delete_adapter,
@@ -106,7 +110,9 @@ def test_what_would_leave_too_little_of_the_disk_free_is_refused_before_a_byte_i
     with pytest.raises(StorageError) as refused:
         write_adapter(tmp_path, "t/r/a", state(), "base", min_free_bytes=2**60)
     said = str(refused.value)
-    assert re.search(r"t/r/a could not be written: the disk is full \(1,152,\d{3},[\d,]+ of them are kept free\)", said)
+    assert re.search(
+        r"t/r/a could not be written: the disk is full \(the last 1,152,\d{3},[\d,]+ bytes are kept free\)", said
+    )
     assert re.search(r"it needs about [\d,]+ bytes, and [\d,]+ are free in the server's '.*' directory; delete", said)
     assert list(tmp_path.iterdir()) == []
 
@@ -149,3 +155,30 @@ def test_the_configuration_is_pefts(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32.0)
     assert config["target_modules"] == ["q_proj"]
+
+
+@pytest.mark.skipif(unsupported() is not None, reason=f"system calls cannot be held: {unsupported()}")
+@pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EIO])
+def test_encrypting_is_refused_any_of_its_changes_and_leaves_nothing(tmp_path: Path, refusal: int) -> None:
+    recipients = [str(pyrage.x25519.Identity.generate().to_public())]
+
+    def write(root: Path) -> None:
+        write_external(root, "t/r/a", state(optimizer=False), "base", recipients)
+
+    def be_refused(root: Path) -> None:
+        with pytest.raises(StorageError, match=f"/t/r/a could not be written: .*{os.strerror(refusal)}") as caught:
+            write(root)
+        assert str(tmp_path) not in str(caught.value)
+
+    calls = hold(partial(write, tmp_path / "whole"), lambda _call: None).calls
+    assert len(calls) > 15
+    for number, call in enumerate(calls):
+        root = tmp_path / str(number)
+
+        def refuse(call: Call, at: int) -> int | None:
+            return refusal if call.number == at else None
+
+        ended = hold(partial(be_refused, root), partial(refuse, at=number))
+        assert ended.exit_code == 0, f"{call.name}: {ended.said}"
+        if call.name not in ("unlink", "unlinkat"):
+            assert list(root.glob("t/r/*")) == [], call.name

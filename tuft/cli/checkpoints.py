@@ -110,7 +110,8 @@ def _report(num_verified: int, damaged: Sequence[Checkpoint], orphans: Sequence[
             ("directory without a name", "bytes", "written"),
             [(orphan.directory, f"{orphan.size_bytes:,}", day(orphan.written_at)) for orphan in orphans],
         )
-        total = f"{len(orphans)} directories without a name, {sum(orphan.size_bytes for orphan in orphans):,} bytes"
+        num_bytes = sum(orphan.size_bytes for orphan in orphans)
+        total = f"directories without a name: {len(orphans)}, {num_bytes:,} bytes"
         out.print(f"{total}: deleted" if deleted else f"{total}; --delete-orphans deletes them")
     whole = num_verified - len(damaged)
     out.print(f"[bold {'red' if damaged else 'green'}]{whole} of {num_verified} checkpoints are whole[/]")

@@ -21,8 +21,8 @@ HomeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)  # a run id has ":train:" in it
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _WIDEST = 10_000
 
@@ -44,7 +44,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(escaped(cell) for cell in row))
-    Console(width=_WIDEST, highlight=False).print(table)
+    Console(width=_WIDEST, highlight=False, emoji=False).print(table)
 
 
 def day(moment: datetime | None) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuft.engine.base import CopyAdapter, CreateAdapter, DropAdapter, ExportAdapter, LoadAdapter
+from tuft.engine.base import CopyAdapter, CreateAdapter, DropAdapter, ExportAdapter, LoadAdapter, RunLoss
 from tuft.engine.loaded import LoadedModel
 from tuft.engine.paging import Pager
 from tuft.errors import EngineDied, EngineError, InvalidInput
+from tuft.footprint import check_adapter, gradient_bytes
 from tuft.models.lora import Adapter
 from tuft.types import AdapterState
 
@@ -44,10 +45,12 @@ class Adapters:
         match command:
             case CreateAdapter(adapter_id, base_model, spec, optimizer):
                 model = self.base_model(base_model)
+                check_adapter(spec, model.info)
                 adapter = Adapter.initialised(model.info.linear_shapes, spec, model.decoder.device, optimizer)
                 self._keep(adapter_id, LoadedAdapter(adapter, model))
             case LoadAdapter(adapter_id, base_model, state, trainable):
                 model = self.base_model(base_model)
+                check_adapter(state.spec, model.info)
                 adapter = Adapter.from_state(model.info.linear_shapes, state, model.decoder.device, trainable)
                 self._keep(adapter_id, LoadedAdapter(adapter, model))
             case CopyAdapter(source_id, adapter_id):
@@ -73,6 +76,15 @@ class Adapters:
             raise EngineDied(f"adapter {adapter_id!r} is not loaded in this engine process")
         self._fetch(loaded.adapter)
         return loaded
+
+    def share_of_pass(self, part: RunLoss, num_rows: int) -> float:
+        """Which part of the memory that a pass may have ``part`` needs; 0 where nothing is known of it."""
+        loaded = self._adapters.get(part.adapter_id)
+        memory = None if loaded is None else loaded.model.info.memory
+        if loaded is None or memory is None:
+            return 0.0
+        needed = num_rows * memory.row_bytes + gradient_bytes(loaded.adapter.layout.num_parameters)
+        return needed / (memory.pass_bytes - memory.fixed_bytes)
 
     def trainable(self, adapter_id: str) -> Adapter:
         """Raises EngineError, or InvalidInput for frozen weights."""

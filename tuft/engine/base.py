@@ -35,7 +35,9 @@ class EngineSettings:
     ``kv_cache_tokens`` what all sequences being sampled may hold together. ``adapter_memory_gib`` bounds what adapters
     hold of a GPU's memory (None: what is left). ``num_threads`` 0 leaves torch's own choice. ``kernel_cache``: where
     compiled CPU kernels are kept; None computes with torch's own operators. ``packed_decode``: keep weights a second
-    time, for products of few rows."""
+    time, for products of few rows. ``deterministic``: the same operations give the same bits in every life of the
+    process (None: where the device can). ``memory_limit_gib``: what everything may take of the host's memory together
+    (None: what the machine or its container has)."""
 
     device: str = "auto"
     kernel_cache: str | None = None
@@ -45,6 +47,8 @@ class EngineSettings:
     packed_decode: bool = True
     adapter_memory_gib: float | None = None
     num_threads: int = 0
+    deterministic: bool | None = None
+    memory_limit_gib: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

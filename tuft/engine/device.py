@@ -50,7 +50,16 @@ def settled(settings: EngineSettings) -> EngineSettings:
             f"engine.adapter_memory_gib: got {settings.adapter_memory_gib:g}; needs a GPU: on a CPU adapters are "
             "in the host's memory anyway"
         )
-    return replace(settings, micro_batch_tokens=settings.micro_batch_tokens or _PASS_TOKENS[device.type])
+    if settings.deterministic and device.type != "cpu":
+        raise ConfigError(
+            "engine.deterministic: got True; needs a CPU: on a GPU products choose their kernel by the number of rows, "
+            "so a run's last digits depend on who shares its passes"
+        )
+    return replace(
+        settings,
+        micro_batch_tokens=settings.micro_batch_tokens or _PASS_TOKENS[device.type],
+        deterministic=device.type == "cpu" and settings.deterministic is not False,
+    )
 
 
 def choose_precision(wanted: Literal["auto", "bf16", "float32"], device: torch.device) -> Precision:

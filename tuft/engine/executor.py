@@ -116,23 +116,27 @@ class Executor:
 
     def _next(self) -> list[_Waiting]:
         """Take out the first command and, if it is a loss or an optimizer step, those of its kind that can be computed
-        with it, of whatever batch. None passes another of its adapter. Losses are as many as fit a pass."""
+        with it, of whatever batch. None passes another of its adapter. Losses are as many as fit a pass, and its
+        memory."""
         self._bring_ahead()
         due: list[_Waiting] = []
         left: deque[_Waiting] = deque()
         barred: set[str | None] = set()  # adapters of which no more may join
-        num_rows = 0
+        num_rows, share = 0, 0.0
         for item in self._waiting:
             ids = _adapter_ids(item.command)
+            of_memory = self._share_of_pass(item)
             joins = not due or (
                 isinstance(item.command, RunLoss | OptimStep)
                 and type(item.command) is type(due[0].command)
                 and num_rows + item.num_rows <= self._pass_tokens
+                and share + of_memory <= 1
                 and barred.isdisjoint(ids)
             )
             (due if joins else left).append(item)
             if joins:
                 num_rows += item.num_rows
+                share += of_memory
             if not joins or isinstance(item.command, OptimStep):
                 barred.update(ids)
         self._waiting = left
@@ -151,6 +155,9 @@ class Executor:
                 barred.update(ids)
         left.extendleft(reversed(first))
         self._waiting = left
+
+    def _share_of_pass(self, item: _Waiting) -> float:
+        return self._adapters.share_of_pass(item.command, item.num_rows) if isinstance(item.command, RunLoss) else 0.0
 
     def _reply(self, number: int, result: object) -> None:
         self._send(Reply(number, result))

@@ -43,11 +43,13 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent is told)
         mailbox.send(LoadFailed(engine_error(error, "loading the base models")))
         return
+    wait = settings.deterministic is not False
+    kernels = KernelUpgrade([model.decoder for model in models], settings.kernel_cache, wait)
     keep_freed_memory()  # from here on: what loading needed goes back to the system
-    mailbox.send(Ready(tuple(model.info for model in models), settings.micro_batch_tokens))
-    kernels = KernelUpgrade([model.decoder for model in models], settings.kernel_cache)
+    pass_tokens = models[0].trainer.micro_batch_tokens  # what fits into memory, of what is wanted
+    mailbox.send(Ready(tuple(model.info for model in models), pass_tokens))
     try:
-        Executor(adapters, inbox, mailbox.send, settings.micro_batch_tokens, kernels.poll).run()
+        Executor(adapters, inbox, mailbox.send, pass_tokens, kernels.poll).run()
     except BrokenPipeError:
         return  # the parent is gone; the reader sees it too
 

@@ -149,8 +149,9 @@ class Continuation:
         return SampledSequence(tokens_N, logprobs_N, stop_reason, topk)
 
 
-def checked_length(spec: SampleSpec, config: DecoderConfig, kv_cache_tokens: int) -> int:
-    """How many tokens a sample may have. Raises InvalidInput for a prompt or a count that cannot be computed."""
+def checked_length(spec: SampleSpec, config: DecoderConfig, kv_cache_tokens: int, token_bytes: int) -> int:
+    """How many tokens a sample may have. ``token_bytes``: what keys and values of a token take of memory. Raises
+    InvalidInput for a prompt or a count that cannot be computed."""
     num_prompt, max_tokens = len(spec.prompt_tokens), spec.params.max_tokens
     if spec.num_samples < 1:
         raise InvalidInput("num_samples", spec.num_samples, "must be at least 1")
@@ -171,6 +172,7 @@ def checked_length(spec: SampleSpec, config: DecoderConfig, kv_cache_tokens: int
             "sampling_params.max_tokens",
             max_tokens,
             f"{num_prompt} prompt tokens and up to {max_new} new ones must fit engine.kv_cache_tokens "
-            f"{kv_cache_tokens}",
+            f"{kv_cache_tokens}: they need {(num_prompt + max_new) * token_bytes:,} bytes of memory, and "
+            f"{kv_cache_tokens * token_bytes:,} are there",
         )
     return max_new

@@ -30,6 +30,7 @@ from tuft.engine.decode_batch import DecodeBatch
 from tuft.engine.drawing import Drawn, draw
 from tuft.engine.failures import cancelled, engine_error
 from tuft.engine.kv_pages import KvPages, num_pages_of
+from tuft.engine.memory import sample_token_bytes
 from tuft.engine.prefix_cache import CHUNK_TOKENS, Chunk, PrefixCache
 from tuft.engine.prompt_scores import PromptScores
 from tuft.engine.requests import Continuation, Request, checked_length
@@ -99,7 +100,8 @@ class Sampler:
         """
         config, spec = self._decoder.config, command.spec
         check_params(spec.params)
-        max_new = checked_length(spec, config, self._settings.kv_cache_tokens)
+        token_bytes = sample_token_bytes(config, self._decoder.dtype.itemsize)
+        max_new = checked_length(spec, config, self._settings.kv_cache_tokens, token_bytes)
         seed = secrets.randbits(64) if spec.params.seed is None else spec.params.seed
         stop = StopRule(spec.params.stop, config.eos_token_ids, self._tokenizer, spec.prompt_tokens)
         if self._settings.packed_decode:

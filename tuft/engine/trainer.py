@@ -18,13 +18,14 @@ from tuft.engine.failures import engine_error
 from tuft.engine.packing import PackedPass, pack
 from tuft.engine.parts import PartInPass, PendingOperation
 from tuft.errors import EngineError, InvalidInput, NotFound, TuftError, UserError
+from tuft.footprint import check_sequences
 from tuft.losses import check_loss
 from tuft.models.decoder import Decoder
 from tuft.models.head import LossGradient, Targets, score
 from tuft.models.lora import Adapter, Segment
 from tuft.models.packed import packed_attention
 from tuft.models.transfer import to_device
-from tuft.types import LossResult
+from tuft.types import LossResult, MemoryShares
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,21 @@ class Trainer:
     """Computes parts of ``RunLoss`` operations over one decoder, and keeps an operation until its last part has come.
 
     A pass of more rows than ``micro_batch_tokens`` (one long sequence) does not keep its activations for the backward.
-    ``share_prefixes`` False computes every sequence whole, to measure what sharing saves.
+    ``share_prefixes`` False computes every sequence whole, to measure what sharing saves. ``memory``: what a pass may
+    have of it.
     """
 
-    def __init__(self, decoder: Decoder, micro_batch_tokens: int, share_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        micro_batch_tokens: int,
+        share_prefixes: bool = True,
+        memory: MemoryShares | None = None,
+    ) -> None:
         self.decoder = decoder
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefixes = share_prefixes
+        self._memory = memory
         config = decoder.config
         self._bounds = _Bounds("the model", config.vocab_size, config.max_context_tokens)
         self._pending: dict[tuple[str, str], PendingOperation] = {}
@@ -104,6 +113,7 @@ class Trainer:
             return InvalidInput("adapter_id", part.adapter_id, "must be trainable, not frozen sampler weights")
         try:
             check_loss(part.data, part.loss_fn, dict(part.loss_fn_config), self._bounds, part.numbers, part.custom_loss)
+            check_sequences(part.data, adapter.layout.num_parameters, self._memory, part.numbers)
         except InvalidInput as error:
             return error
         if part.first_datum != (0 if pending is None else pending.num_data):

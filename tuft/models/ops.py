@@ -219,7 +219,7 @@ class EagerOps:
         logits_NV[exact.rows_M, exact.tokens_M] = exact.values_M
         probs_NV = torch.softmax(logits_NV, dim=-1)
         # softmax adds one exponential after another: over a vocabulary its sum is wrong in the sixth digit
-        probs_NV.div_(probs_NV.sum(dim=-1, keepdim=True))
+        probs_NV.div_(_row_sums(probs_NV))
         # A row's largest probability is exp(-rest), and never so small that its logarithm is imprecise.
         return torch.stack([logits_NV.amax(dim=-1), -probs_NV.amax(dim=-1).log()], dim=1), probs_NV
 
@@ -236,6 +236,13 @@ class EagerOps:
         dlogits_AV.mul_(-total_N[active_A, None])
         places_M = torch.searchsorted(active_A, gradients.rows_M)
         return dlogits_AV.index_put_((places_M, gradients.tokens_M), gradients.values_M, accumulate=True)
+
+
+def _row_sums(x_NV: Tensor) -> Tensor:
+    """``[N, 1]``. torch sums a single row, if it is long, in as many parts as there are threads; never two rows."""
+    if len(x_NV) == 1:
+        return x_NV.expand(2, -1).sum(dim=-1, keepdim=True)[:1]
+    return x_NV.sum(dim=-1, keepdim=True)
 
 
 def _rotated(x_THd: Tensor, cos_T1d: Tensor, sin_T1h: Tensor, sign: int) -> Tensor:

@@ -227,7 +227,8 @@ class Checkpoints:
                 self.discard(directory)
             raise
         if replaced is not None:
-            self.discard(replaced)
+            with suppress(StorageError):  # the name has its new meaning by now: the save has not failed
+                self.discard(replaced)
         self._note(tenant, "save", checkpoint)
         return checkpoint
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tuft.engine.base import CopyAdapter, ExportAdapter, OptimStep, RunLoss
 from tuft.errors import InvalidInput, ServerError, TuftError, UserError
+from tuft.footprint import adapter_parameters, check_sequences
 from tuft.losses import check_loss
 from tuft.optimizers import check_step
 from tuft.records import Checkpoint, CheckpointPath, Run, Tenant, valid_name
@@ -79,7 +80,9 @@ class Operations:
 
         def check() -> RunLoss:
             custom = self._custom_losses.named_by(run, loss_fn_config) if loss_fn == "custom" else None
-            check_loss(data, loss_fn, loss_fn_config, self._models.require(run.base_model), custom=custom)
+            model = self._models.require(run.base_model)
+            check_loss(data, loss_fn, loss_fn_config, model, custom=custom)
+            check_sequences(data, adapter_parameters(model.linear_shapes, run.spec), model.memory)
             if custom is None and loss_fn != "stable_reinforce":
                 return sent
             known = self._provenance.resolve(run, data) if loss_fn == "stable_reinforce" else data

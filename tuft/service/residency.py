@@ -187,7 +187,7 @@ class Residency:
     async def _make_room(self, run: Run) -> None:
         while True:
             others = [run_id for run_id in self._generations if self._is_here(run_id)]
-            if sum(map(self._bytes, {*others, *self._coming, run.run_id})) <= self._max_bytes:
+            if sum(map(self._bytes, {*others, *self._coming, run.run_id})) <= self._room(run):
                 return
             if not others and not self._coming:
                 return  # it needs more than there is, all by itself
@@ -195,6 +195,11 @@ class Residency:
             if leaving is not None and not await self._leave(leaving):
                 return  # the disk does not take it: rather too much memory than a run that is gone
             await asyncio.sleep(_POLL_S)
+
+    def _room(self, run: Run) -> int:
+        """Bytes that the engine's memory, and the setting, leave for all adapters together."""
+        memory = self._models.require(run.base_model).memory
+        return self._max_bytes if memory is None else min(self._max_bytes, memory.adapter_bytes)
 
     async def _restore(self, run: Run) -> None:
         """Raises TuftError."""

@@ -12,6 +12,7 @@ from secrets import randbits
 from tuft.config import LimitsSection
 from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter
 from tuft.errors import EngineDied, InvalidInput, NotFound, RunLost, TuftError, refusing
+from tuft.footprint import check_adapter
 from tuft.records import FutureKey, JournaledFuture, Run, RunStatus, Shared, Tenant, now
 from tuft.service.calls import CreateRun, CreateRunFromCheckpoint, UnloadRun
 from tuft.service.checkpoints import Checkpoints, require_same
@@ -83,6 +84,7 @@ class Runs:
         """
         model = self._models.require(base_model)
         check_lora(spec, self._limits)
+        check_adapter(spec, model)
         sent = CreateRun(base_model, spec, optimizer, user_metadata)
         seeded = replace(spec, seed=randbits(31)) if spec.seed is None else spec  # so that it can begin again
         return await self._begin(tenant, session_id, model_seq_id, model.name, seeded, optimizer, "create_model", sent)
@@ -108,6 +110,7 @@ class Runs:
         if model.name != self._models.require(checkpoint.base_model).name:
             raise InvalidInput("base_model", base_model, f"the checkpoint belongs to {checkpoint.base_model}")
         check_lora(checkpoint.spec, self._limits)
+        check_adapter(checkpoint.spec, model)
         family = optimizer or (checkpoint.optimizer if with_optimizer else "adamw")
         if with_optimizer:
             require_same(checkpoint, family)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tuft.config import ALL_SCOPES, Config
 from tuft.engine.base import Engine
 from tuft.errors import StorageError
 from tuft.fairness import Costs, VirtualCounters
+from tuft.machine import memory_bytes
 from tuft.service.activity import Activity
 from tuft.service.admission import Admission, SampleLine
 from tuft.service.audit import Audit
@@ -245,4 +245,5 @@ def run_memory_bytes(config: Config) -> int:
     """What the adapters and optimizers of training runs may take of memory."""
     if config.engine.run_memory_gib is not None:
         return int(config.engine.run_memory_gib * 2**30)
-    return int(_SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = config.engine.memory_limit_gib
+    return int(_SHARE_OF_MEMORY * (memory_bytes() if limit is None else limit * 2**30))

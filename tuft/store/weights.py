@@ -232,7 +232,7 @@ class _DiskFull(StorageError):
 def _require_space(root: Path, needed_bytes: int, min_free_bytes: int) -> None:
     """Before a byte is written. Raises StorageError."""
     if needed_bytes + min_free_bytes > _free_bytes(root):
-        kept = f" ({min_free_bytes:,} of them are kept free)" if min_free_bytes else ""
+        kept = f" (the last {min_free_bytes:,} bytes are kept free)" if min_free_bytes else ""
         raise _DiskFull(f"the disk is full{kept}")
 
 

@@ -1,4 +1,4 @@
-"""Compiling the kernels once and loading them ever after: ``python -m tuft.models.kernels.build DIRECTORY``.
+"""Compiling the kernels once and loading them ever after: ``python -m tuft.models.kernels.build DIRECTORY NICENESS``.
 
 Compiling takes many seconds of one core, loading a fraction of one. So a process that must start at once has another
 one compile, computes with torch's operators meanwhile, and loads the kernels when they are there.
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from tuft.models.ops import Ops
 
 _COMPLETE = "complete"
+_BUILD = (sys.executable, "-P", "-m", "tuft.models.kernels.build")
+_HALVES = (
+    ("attention", "attention_backward", "rows", "head"),
+    ("lora_segments", "paged_attention", "decode_step", "lora_rows", "draw"),
+)
+"""Modules with kernels, in two parts that take as long and need nothing of each other: a process compiles each."""
 _LOW_PRIORITY = 10
 
 
@@ -41,9 +48,7 @@ def load(cache: Path) -> Ops:
     """The compiled operators, from ``cache``; what is not there is compiled now. Raises EngineError where the machine
     has no way to run them, or ``cache`` cannot be used."""
     try:
-        directory = directory_of(cache)
-        directory.mkdir(parents=True, exist_ok=True)
-        os.environ["NUMBA_CACHE_DIR"] = str(directory)  # numba reads it when it is imported
+        directory = _use(cache)
         ops: Ops = import_module("tuft.models.compiled").CompiledOps()
         (directory / _COMPLETE).touch()
     except (ImportError, OSError, AttributeError) as error:
@@ -53,13 +58,14 @@ def load(cache: Path) -> Ops:
 
 class Build:
     """Kernels on their way: ``ready`` says when ``load`` is quick, having started a process that compiles if needed.
-    Raises EngineError if no process can be started or ``cache`` cannot be read."""
+    ``in_background``: others compute meanwhile, and come first. Raises EngineError if no process can be started or
+    ``cache`` cannot be read."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, in_background: bool = True) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             if not (directory_of(cache) / _COMPLETE).exists():
-                command = [sys.executable, "-P", "-m", "tuft.models.kernels.build", str(cache)]
+                command = [*_BUILD, str(cache), str(_LOW_PRIORITY if in_background else 0)]
                 self._process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603 (our own module)
         except (ImportError, OSError) as error:
             raise EngineError(f"kernels cannot be compiled or loaded: {error}") from error
@@ -75,14 +81,44 @@ class Build:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the whole group
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.nice(_LOW_PRIORITY)
-    cache = Path(sys.argv[1])
+    cache, niceness, *modules = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    os.nice(niceness)
     try:
+        if modules:
+            _compile(cache, modules)
+            return
+        if len(os.sched_getaffinity(0)) > 1:
+            _compile_halves(cache)
         load(cache)
     except EngineError as error:
         sys.exit(str(error))
     for other in set(cache.iterdir()) - {directory_of(cache)}:
         shutil.rmtree(other, ignore_errors=True)  # of another version or another CPU
+
+
+def _compile_halves(cache: Path) -> None:
+    """All kernels, by this process and another beside it; what that could not do, ``load`` will."""
+    first, second = _HALVES
+    command = [*_BUILD, str(cache), "0", *second]  # as nice as this process
+    beside = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)  # noqa: S603 (our own module)
+    _compile(cache, first)
+    beside.wait()
+
+
+def _compile(cache: Path, modules: Sequence[str]) -> None:
+    try:
+        _use(cache)
+        for name in modules:
+            import_module(f"tuft.models.kernels.{name}")
+    except (ImportError, OSError, AttributeError) as error:
+        raise EngineError(f"kernels cannot be compiled or loaded: {error}") from error
+
+
+def _use(cache: Path) -> Path:
+    directory = directory_of(cache)
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ["NUMBA_CACHE_DIR"] = str(directory)  # numba reads it when it is imported
+    return directory
 
 
 def _end_with_parent() -> None:
