@@ -55,7 +55,7 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-BENCHES := train_step losses sample server tenants mixed
+BENCHES := train_step losses sample server tenants mixed memory
 
 bench: $(READY)
 ifdef BENCH
