@@ -28,7 +28,7 @@ async def test_what_waits_knows_its_place_its_reason_and_about_how_long(
     futures = [await loss(seq) for seq in range(2, 12)]
     early = await loss(20)
     await asyncio.sleep(0.3)  # what is seen of the queue may be so old
-    waiting = {future_id: pending for future_id, _, pending in services.futures.waiting(alice)}
+    waiting = {future_id: pending for future_id, _, pending in await services.futures.waiting(alice, 100)}
     places = [waiting[future_id].position for future_id in futures if future_id in waiting]
     in_line = [place for place in places if place is not None]
     assert in_line == list(range(1, len(in_line) + 1))
@@ -40,10 +40,13 @@ async def test_what_waits_knows_its_place_its_reason_and_about_how_long(
     assert last is None or last.state == "active" or f"of {len(in_line)} in line; done in about" in str(last.reason)
     for future_id in futures:
         await settled(future_id)
+    await asyncio.sleep(0.3)
+    await services.waits.look()
     assert services.waits.load().num_passes_with_engine == 0
 
 
 async def test_others_waits_are_not_told(services: Services, alice: Tenant, session: Session) -> None:
     bob = services.tenants.authenticate(services.tenants.create_key("bob"))
     await services.runs.create(alice, session.session_id, 0, TINY_MODEL, LoraSpec(rank=2), {})
-    assert services.futures.waiting(bob) == []
+    assert await services.futures.waiting(bob, 100) == []
+    assert services.futures.num_waiting(bob) == 0

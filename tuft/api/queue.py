@@ -20,10 +20,10 @@ async def show_queue(
 ) -> dict[str, Any]:
     """The caller's pending requests in the order in which they were accepted, at most ``limit``: each with its state,
     its place in the fair order, and about how many seconds its result will take. And the load of the whole server."""
-    waiting = services.futures.waiting(tenant)
+    waiting = await services.futures.waiting(tenant, limit)
     return {
         "load": asdict(services.waits.load()),
-        "num_waiting": len(waiting),
+        "num_waiting": services.futures.num_waiting(tenant),
         "waiting": [
             {
                 "request_id": future_id,
@@ -35,6 +35,6 @@ async def show_queue(
                 "position": pending.position,
                 "eta_s": pending.eta_s,
             }
-            for future_id, key, pending in waiting[:limit]
+            for future_id, key, pending in waiting
         ],
     }

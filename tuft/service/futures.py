@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from secrets import token_hex
 from typing import Any, Literal
 
@@ -201,6 +202,8 @@ class Futures:
                 await asyncio.wait([waiter], timeout=hold_s)
             finally:
                 entry.waiters.remove(waiter)
+        if entry.result is None and self.waits is not None and not self._is_closing:
+            await self.waits.look()
         if entry.result is None:
             return self._explained(entry.key)
         self.retention.deliver([future_id])
@@ -235,10 +238,15 @@ class Futures:
             return None
         return known.outcome, known.result_bytes
 
-    def waiting(self, tenant: Tenant) -> list[tuple[str, FutureKey, Pending]]:
-        """The tenant's pending futures, in the order in which they were accepted, and why each waits."""
-        found = [entry for entry in self._entries.values() if entry.result is None and tenant.owns(entry)]
-        return [(entry.future_id, entry.key, self._explained(entry.key)) for entry in found]
+    async def waiting(self, tenant: Tenant, limit: int) -> list[tuple[str, FutureKey, Pending]]:
+        """The tenant's first pending futures, in the order in which they were accepted, and why each waits."""
+        if self.waits is not None:
+            await self.waits.look()
+        pending = (entry for entry in self._entries.values() if entry.result is None and tenant.owns(entry))
+        return [(entry.future_id, entry.key, self._explained(entry.key)) for entry in islice(pending, limit)]
+
+    def num_waiting(self, tenant: Tenant) -> int:
+        return self._pending[tenant.tenant_id]
 
     def is_pending(self, future_id: str) -> bool:
         entry = self._entries.get(future_id)

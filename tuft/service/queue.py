@@ -338,16 +338,17 @@ class OperationQueue:
         return num_rows * (self.costs.forward if is_forward else self.costs.forward_backward)
 
     def places(self) -> Iterator[Place]:
-        """All operations that have not ended, the runs' one after the other, each run's in order."""
-        for lane in self._lanes.values():
+        """All operations that have not ended, the runs' one after the other, each run's in order. The queue may change
+        meanwhile: a run's are told as they were when its first was."""
+        for lane in tuple(self._lanes.values()):
             released = set(map(id, lane.released))
             with_engine = [one for one in lane.started.values() if id(one) not in released]
             gap = None if not lane.parked else lane.next_seq
             for state, some, awaited in (
                 ("running", with_engine, None),
-                ("in line", lane.released, None),
-                ("behind", lane.behind, None),
-                ("early", lane.parked.values(), gap),
+                ("in line", tuple(lane.released), None),
+                ("behind", tuple(lane.behind), None),
+                ("early", tuple(lane.parked.values()), gap),
             ):
                 for one in some:
                     arrival = None if state in ("behind", "early") else one.arrival

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from tuft.service.queue import OperationQueue
 
 _REFRESH_S = 0.25
 _REFRESH_SHARE = 50.0
+_PORTION = 200
+"""So many operations are looked at before the event loop goes round: one or two milliseconds."""
 _LAST = 2**62
 
 
@@ -72,8 +75,8 @@ class _Picture:
 
 
 class Waits:
-    """Asked about futures by their keys. What it sees of the queue is at most a moment old: with much in it, looking
-    takes time."""
+    """Asked about futures by their keys, after a ``look``. What it sees of the queue is a moment old: with much in it,
+    looking takes time."""
 
     def __init__(
         self,
@@ -90,12 +93,20 @@ class Waits:
         self._clock = clock
         self._picture = _Picture()
         self._fresh_until_s = -1.0
+        self._looking: asyncio.Task[None] | None = None
         self._biases = {"training": Bias(), "sampling": Bias()}
+
+    async def look(self) -> None:
+        """Look at everything that waits, unless that was done a moment ago; all who ask meanwhile look together."""
+        if self._clock() < self._fresh_until_s:
+            return
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._draw())
+        await asyncio.shield(self._looking)
 
     def explain(self, key: FutureKey) -> Wait | None:
         """None for what neither the queue nor the line of samples knows: it needs no turn, or has just ended."""
         now_s = self._clock()
-        self._look(now_s)
         spot = self._picture.spots.get((key.subject_id, key.seq))
         if spot is None:
             return None
@@ -118,7 +129,6 @@ class Waits:
             bias.settled(f"{key.subject_id}:{key.seq}", self._clock())
 
     def load(self) -> Load:
-        self._look(self._clock())
         numbers = {"training": 0, "sampling": 0}
         for (kind, _), (_, number) in self._picture.waiting.items():
             numbers[kind] += number
@@ -176,44 +186,55 @@ class Waits:
                 before += int(number * min(1.0, owed / cost))
         return before + 1, total
 
-    def _look(self, now_s: float) -> None:
-        if now_s < self._fresh_until_s:
-            return
+    async def _draw(self) -> None:
         began_s = time.perf_counter()
-        self._picture = _Picture()
-        self._see_operations()
-        self._see_samples()
-        self._fresh_until_s = now_s + max(_REFRESH_S, _REFRESH_SHARE * (time.perf_counter() - began_s))
+        picture = _Picture()
+        try:
+            await self._see_operations(picture)
+            await self._see_samples(picture)
+        finally:
+            self._looking = None
+        self._picture = picture
+        self._fresh_until_s = self._clock() + max(_REFRESH_S, _REFRESH_SHARE * (time.perf_counter() - began_s))
 
-    def _see_operations(self) -> None:
-        places = sorted(self._queue.places(), key=lambda place: _LAST if place.arrival is None else place.arrival)
+    async def _see_operations(self, picture: _Picture) -> None:
+        places = []
+        for number, place in enumerate(self._queue.places(), 1):
+            places.append(place)
+            if number % _PORTION == 0:
+                await asyncio.sleep(0)
+        places.sort(key=lambda place: _LAST if place.arrival is None else place.arrival)
         before: dict[str, tuple[float, int]] = {}
-        for place in places:
+        for number, place in enumerate(places, 1):
             operation = place.operation
-            cost, number = before.get(operation.tenant_id, (0.0, 0))
-            spot = _Spot("training", operation.tenant_id, place.state, cost, place.cost, number, place.awaited_seq)
-            self._picture.add((operation.run_id, operation.seq), "training", operation.tenant_id, spot)
+            cost, num_before = before.get(operation.tenant_id, (0.0, 0))
+            spot = _Spot("training", operation.tenant_id, place.state, cost, place.cost, num_before, place.awaited_seq)
+            picture.add((operation.run_id, operation.seq), "training", operation.tenant_id, spot)
             if place.state != "running":
-                before[operation.tenant_id] = cost + place.cost, number + 1
+                before[operation.tenant_id] = cost + place.cost, num_before + 1
+            if number % _PORTION == 0:
+                await asyncio.sleep(0)
 
-    def _see_samples(self) -> None:
+    async def _see_samples(self, picture: _Picture) -> None:
         def see(key: str, spot: _Spot) -> None:
             subject, _, seq = key.rpartition(":")
-            self._picture.add((subject, int(seq)), "sampling", spot.tenant_id, spot)
+            picture.add((subject, int(seq)), "sampling", spot.tenant_id, spot)
 
         for one in self._line.started.values():
             see(
                 one.sample_id,
                 _Spot("sampling", one.tenant_id, "running", 0.0, 0.0, 0, None, one.num_expected, one.started_s),
             )
-        for tenant_id, samples in self._line.all_waiting.items():
+        for tenant_id, samples in tuple(self._line.all_waiting.items()):
             cost = 0.0
-            for number, one in enumerate(samples):
+            for number, one in enumerate(tuple(samples)):
                 see(
                     one.sample_id,
                     _Spot("sampling", tenant_id, "in line", cost, one.cost, number, None, one.num_expected),
                 )
                 cost += one.cost
+                if number % _PORTION == _PORTION - 1:
+                    await asyncio.sleep(0)
 
 
 def _told(seconds: float) -> str:
