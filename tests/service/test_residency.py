@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 import pytest
 
 from tests.conftest import TINY_MODEL
 from tests.service.conftest import Settled
-from tuft.records import Session, Tenant
+from tuft.engine.worker import EngineProcess
+from tuft.records import JournaledFuture, Run, Session, Tenant
+from tuft.service.aside import MAX_DEATHS
 from tuft.service.futures import Pending
 from tuft.service.services import Services
 from tuft.types import AdamParams, Datum, Failure, LoraSpec, LossResult, RunCreated, WeightsLoaded
@@ -229,3 +233,47 @@ async def test_a_step_that_failed_in_the_engine_fails_again_when_its_run_comes_b
         return [first, await run.step()]
 
     assert await losses(1, is_disturbed=True) == await losses(2, is_disturbed=False)
+
+
+@pytest.mark.slow
+async def test_a_run_that_engines_die_of_is_set_aside_and_everybody_else_goes_on(
+    services: Services, train: Train, settled: Settled, alice: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = await train(0), await train(1)
+    saved = (alice, run.run_id, run.next_seq(), "x", None, False, {})
+    await settled(await services.operations.save_weights(*saved))
+    before = [await run.step(), await other.step()]
+    monkeypatch.setattr("tuft.service.aside._PAUSE_S", 0.01)
+    residency, engine = services.residency, services.residency._engine
+    assert isinstance(engine, EngineProcess)
+    replay, num_deaths = residency._replay, 0
+
+    async def deadly(restored: Run, done: Sequence[JournaledFuture]) -> int:
+        nonlocal num_deaths
+        if restored.run_id == run.run_id:
+            num_deaths += 1
+            pid = engine.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        return await replay(restored, done)
+
+    monkeypatch.setattr(residency, "_replay", deadly)
+    residency.discard(run.run_id)
+    doomed = [
+        await services.operations.forward_backward(
+            alice, run.run_id, run.next_seq(), (DATUM,), "cross_entropy", {}, True
+        ),
+        await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams()),
+    ]
+    failed = [await services.futures.wait(alice, future_id, hold_s=120.0) for future_id in doomed]
+    for one in failed:
+        assert isinstance(one, Failure)
+        assert one.category == "server"
+        assert f"the engine died {MAX_DEATHS} times" in one.message
+        assert "load_state" in one.message
+    assert num_deaths == MAX_DEATHS
+    assert await other.step() < before[1]
+    assert num_deaths == MAX_DEATHS, "nobody tries it again"
+    loading = (alice, run.run_id, run.next_seq(), f"tinker://{run.run_id}/weights/x", True, None)
+    assert isinstance(await settled(await services.operations.load_weights(*loading)), WeightsLoaded)
+    assert await run.step() == before[0]

@@ -90,12 +90,16 @@ class Everywhere:
         self.away: set[str] = set()
         self.asked: list[str] = []
         self.changes: list[str] = []
+        self.refusals: dict[str, str] = {}
 
     def is_resident(self, run_id: str) -> bool:
         return run_id not in self.away
 
     def bring(self, run_id: str) -> None:
         self.asked.append(run_id)
+
+    def refusal(self, run_id: str) -> str | None:
+        return self.refusals.get(run_id)
 
     def changed(self, run_id: str) -> None:
         self.changes.append(run_id)

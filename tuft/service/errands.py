@@ -4,7 +4,8 @@ beside the runs' lanes."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,9 @@ class Errands:
         self._activity = activity
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: asyncio.Task[None] | None = None
+        self._num_under_way = 0
+        self._may_begin = asyncio.Event()
+        self._may_begin.set()
 
     @property
     def num_running(self) -> int:
@@ -90,20 +94,37 @@ class Errands:
         if can_cancel:
             self._futures.let_cancel(future_id, task.cancel)
 
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Begins once nothing is with the engine; meanwhile nothing goes there."""
+        self._may_begin.clear()
+        try:
+            while self._num_under_way:  # noqa: ASYNC110 (many tell)
+                await asyncio.sleep(_POLL_S)
+            yield
+        finally:
+            self._may_begin.set()
+
     async def _outlasting(self, work: Errand) -> Settlement:
         """What ``work`` ends with, once the engine can compute; it is done again if the engine dies with it."""
         deaths: list[EngineDied] = []
         while len(deaths) < MAX_DEATHS:
             await self._until_ready()
+            self._num_under_way += 1
             try:
                 return await outcome(work())
             except EngineDied as error:
                 deaths.append(error)
+            finally:
+                self._num_under_way -= 1
         return failure(deaths[-1])
 
     async def _until_ready(self) -> None:
         """One looks for all: after a restart thousands may wait."""
-        while not self._engine.base_models:
+        while not self._engine.base_models or not self._may_begin.is_set():
+            await self._may_begin.wait()
+            if self._engine.base_models:
+                continue
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.get_running_loop().create_task(self._look())
             await asyncio.shield(self._looking)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -53,6 +54,10 @@ class Residence(Protocol):
         """Have it there soon."""
         ...
 
+    def refusal(self, run_id: str) -> str | None:
+        """Why the run cannot be brought in, if that will not change soon."""
+        ...
+
     def changed(self, run_id: str) -> None:
         """An operation that changed the run's state has ended well."""
         ...
@@ -83,12 +88,12 @@ class Scheduler:
         self._queue = queue or OperationQueue()
         self.passes = EnginePasses(self._queue)
         self._spans: dict[str, Span] = {}  # of futures that are not settled yet
-        self._num_unanswered = 0
+        self._num_unanswered = self._num_barriers = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loading: set[str] = set()
         self._performers: dict[type, Perform] = {}
         self._refusals = Refusals()
-        self._is_draining = False
+        self._is_held = False  # nothing may start
         self.residence: Residence
         """Set when the floor is put together: who brings runs in asks this scheduler in turn."""
 
@@ -175,11 +180,23 @@ class Scheduler:
         """Something that operations waited for is there: start all that may start now."""
         self._queue.pass_tokens = self._engine.pass_tokens
         self._queue.counters.credit = self._engine.pass_tokens + 1  # before a pass that waits, see service.passes
-        while self._engine.base_models:  # else it starts, and what waits keeps its place
+        while self._engine.base_models and not self._is_held:  # else it starts, and what waits keeps its place
             parts, in_pass = self.passes.next(self._may_start, time.monotonic())
             if not parts:
                 return
             self._start(parts, in_pass)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Meanwhile nothing of anybody else is with the engine, so that it is clear what it dies of."""
+        self._is_held = True
+        try:
+            async with self.errands.held():
+                while self._num_unanswered or self._num_barriers:  # noqa: ASYNC110 (many tell)
+                    await asyncio.sleep(_POLL_S)
+                yield
+        finally:
+            self._is_held = False
 
     async def serve(self) -> None:
         """Housekeeping; runs until cancelled."""
@@ -221,7 +238,12 @@ class Scheduler:
             return False
         if isinstance(operation.work, NEEDS_NO_ADAPTER) or self.residence.is_resident(operation.run_id):
             return True
-        self.residence.bring(operation.run_id)
+        refusal = self.residence.refusal(operation.run_id)
+        if refusal is None:
+            self.residence.bring(operation.run_id)
+        else:  # it has its turn as an error
+            operation.work = Rejected(refusal, "server")
+            asyncio.get_running_loop().call_soon(self.dispatch)
         return False
 
     def _load(self, operation: Operation) -> None:
@@ -276,12 +298,15 @@ class Scheduler:
         self.dispatch()
 
     async def _run_barrier(self, part: Part, call: Call) -> None:
+        self._num_barriers += 1
         try:
             result = await outcome(self._performers[type(call)](part.operation, call))
         except EngineDied as error:
             self._interrupted(part, error)
         else:
             self._end(part, result)
+        finally:
+            self._num_barriers -= 1
         self.dispatch()
 
     def _interrupted(self, part: Part, error: EngineDied) -> None:
