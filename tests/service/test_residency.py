@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.conftest import TINY_MODEL
 from tests.service.conftest import Settled
 from tuft.engine.worker import EngineProcess
+from tuft.errors import QuotaExceeded
 from tuft.records import JournaledFuture, Run, Session, Tenant
 from tuft.service.aside import MAX_DEATHS
 from tuft.service.futures import Pending
@@ -277,3 +279,35 @@ async def test_a_run_that_engines_die_of_is_set_aside_and_everybody_else_goes_on
     loading = (alice, run.run_id, run.next_seq(), f"tinker://{run.run_id}/weights/x", True, None)
     assert isinstance(await settled(await services.operations.load_weights(*loading)), WeightsLoaded)
     assert await run.step() == before[0]
+
+
+async def test_operations_of_a_run_whose_base_model_is_not_configured_fail_until_it_is(
+    services: Services, train: Train, settled: Settled, alice: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await train(0)
+    await run.step()
+    there = services.models.all
+    services.residency.discard(run.run_id)
+    with monkeypatch.context() as patched:
+        other = (replace(there[0], name="another-model", aliases=()),)
+        patched.setattr(type(services.models), "all", property(lambda _: other))
+        for _ in range(2):
+            failed = await settled(
+                await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams())
+            )
+            assert isinstance(failed, Failure)
+            assert failed.category == "server"
+            assert repr(TINY_MODEL) in failed.message
+            assert "this server has 'another-model'" in failed.message
+    await run.step()
+
+
+async def test_a_run_that_has_left_memory_takes_none_of_the_resident_bytes(
+    services: Services, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await train(0)
+    monkeypatch.setitem(services.quotas._options, "resident_bytes", 1.5 * services.residency._bytes(run.run_id))
+    with pytest.raises(QuotaExceeded, match="resident_bytes"):
+        await train(1)
+    services.residency.discard(run.run_id)
+    await train(1)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import structlog
 
 from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter, OptimStep, RunLoss
-from tuft.errors import Damaged, EngineDied, RunLost, TuftError, UserError
+from tuft.errors import Damaged, EngineDied, InvalidInput, RunLost, TuftError, UserError
 from tuft.footprint import resident_bytes
 from tuft.records import JournaledFuture, Run
 from tuft.service.aside import Aside
@@ -89,7 +89,17 @@ class Residency:
 
     def refusal(self, run_id: str) -> str | None:
         """Why the run cannot be brought in, if that will not change soon."""
+        run = self._runs.get(run_id)
+        if run is not None and self._models.all:
+            try:
+                self._models.require(run.base_model)
+            except InvalidInput as error:
+                return f"run {run_id} cannot compute here: {error}. It goes on when its base model is configured again"
         return self._aside.reason(run_id)
+
+    def holds(self, run_id: str) -> bool:
+        """True if the run is in the engine's memory."""
+        return self._is_here(run_id)
 
     def discard(self, run_id: str) -> None:
         """What the engine has of the run is not its state: it comes back from the disk."""
