@@ -22,13 +22,14 @@ from tuft.errors import Damaged, EngineDied, QuotaExceeded, RunLost, TuftError, 
 from tuft.records import FutureKey, Run, Tenant
 from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
-from tuft.service.errands import MAX_DEATHS, Errands
+from tuft.service.errands import MAX_DEATHS, SUSPECT_DEATHS, Errands
 from tuft.service.futures import Futures
 from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
 from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
 from tuft.service.refusals import Refusals
 from tuft.service.replies import Replies, Told
 from tuft.service.settlements import Settlement, failure, outcome
+from tuft.service.suspects import Suspects
 from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
 
@@ -77,7 +78,7 @@ class Scheduler:
         queue: OperationQueue | None = None,
     ) -> None:
         self.replies = Replies(engine)
-        self.errands = Errands(engine, futures, activity)
+        self.errands = Errands(engine, futures, activity, self.alone)
         self._engine = engine
         self._futures = futures
         self._activity = activity
@@ -94,6 +95,8 @@ class Scheduler:
         self._performers: dict[type, Perform] = {}
         self._refusals = Refusals()
         self._is_held = False  # nothing may start
+        self._holding = asyncio.Lock()
+        self._suspects = Suspects(self._could_start, lambda: self._num_with_engine + self.errands.num_under_way)
         self.residence: Residence
         """Set when the floor is put together: who brings runs in asks this scheduler in turn."""
 
@@ -180,6 +183,7 @@ class Scheduler:
         """Something that operations waited for is there: start all that may start now."""
         self._queue.pass_tokens = self._engine.pass_tokens
         self._queue.counters.credit = self._engine.pass_tokens + 1  # before a pass that waits, see service.passes
+        self.errands.hold("suspects", is_held=self._suspects.first() is not None)
         while self._engine.base_models and not self._is_held:  # else it starts, and what waits keeps its place
             parts, in_pass = self.passes.next(self._may_start, time.monotonic())
             if not parts:
@@ -189,14 +193,15 @@ class Scheduler:
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Meanwhile nothing of anybody else is with the engine, so that it is clear what it dies of."""
-        self._is_held = True
-        try:
-            async with self.errands.held():
-                while self._num_unanswered or self._num_barriers:  # noqa: ASYNC110 (many tell)
-                    await asyncio.sleep(_POLL_S)
-                yield
-        finally:
-            self._is_held = False
+        async with self._holding:
+            self._is_held = True
+            try:
+                async with self.errands.held():
+                    while self._num_with_engine:  # noqa: ASYNC110 (many tell)
+                        await asyncio.sleep(_POLL_S)
+                    yield
+            finally:
+                self._is_held = False
 
     async def serve(self) -> None:
         """Housekeeping; runs until cancelled."""
@@ -236,8 +241,8 @@ class Scheduler:
         if operation.work is None:
             self._load(operation)
             return False
-        if isinstance(operation.work, NEEDS_NO_ADAPTER) or self.residence.is_resident(operation.run_id):
-            return True
+        if self._could_start(operation):
+            return self._suspects.may_start(operation)
         refusal = self.residence.refusal(operation.run_id)
         if refusal is None:
             self.residence.bring(operation.run_id)
@@ -245,6 +250,14 @@ class Scheduler:
             operation.work = Rejected(refusal, "server")
             asyncio.get_running_loop().call_soon(self.dispatch)
         return False
+
+    def _could_start(self, operation: Operation) -> bool:
+        work = operation.work
+        return isinstance(work, NEEDS_NO_ADAPTER) or (work is not None and self.residence.is_resident(operation.run_id))
+
+    @property
+    def _num_with_engine(self) -> int:
+        return self._num_unanswered + self._num_barriers
 
     def _load(self, operation: Operation) -> None:
         """Have its data in memory soon."""
@@ -288,6 +301,7 @@ class Scheduler:
 
     def _answered(self, part: Part, in_pass: Pass | None, reply: Future[Any]) -> None:
         self._num_unanswered -= 1
+        self._suspects.answered(self._num_with_engine)
         if in_pass is not None:
             self.passes.answered(in_pass, time.monotonic())
         error = reply.exception()
@@ -307,6 +321,7 @@ class Scheduler:
             self._end(part, result)
         finally:
             self._num_barriers -= 1
+            self._suspects.answered(self._num_with_engine)
         self.dispatch()
 
     def _interrupted(self, part: Part, error: EngineDied) -> None:
@@ -316,7 +331,10 @@ class Scheduler:
         operation.error = None
         if self._queue.has(operation.run_id) and operation.num_deaths < MAX_DEATHS * _num_parts(operation):
             self._queue.interrupted(part)
+            if operation.num_deaths >= SUSPECT_DEATHS * _num_parts(operation):
+                self._suspects.add(operation)
         else:
+            self._suspects.discard(operation)
             operation.error = failure(error)
             self._queue.finished(part)
             if self._futures.is_pending(operation.future_id):
@@ -335,6 +353,7 @@ class Scheduler:
 
     def _settle(self, operation: Operation, result: Settlement) -> None:
         self._num_held_bytes -= self._held.pop(operation.future_id, 0)
+        self._suspects.discard(operation)
         if isinstance(result, Failure):
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
         elif isinstance(operation.work, OptimStep) or (isinstance(operation.work, RunLoss) and operation.work.backward):
