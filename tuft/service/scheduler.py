@@ -96,17 +96,16 @@ class Scheduler:
         self._refusals = Refusals()
         self._is_held = False  # nothing may start
         self._holding = asyncio.Lock()
-        self._suspects = Suspects(self._could_start, lambda: self._num_with_engine + self.errands.num_under_way)
+        self._suspects = Suspects(
+            lambda one: _could_start(one, self.residence), lambda: self._num_with_engine + self.errands.num_under_way
+        )
         self.residence: Residence
         """Set when the floor is put together: who brings runs in asks this scheduler in turn."""
-
-    # --- runs ---------------------------------------------------------------------------------------------------------
 
     def open(self, run: Run, next_seq: int, pending: Sequence[Operation] = ()) -> None:
         """Accept operations of ``run`` from ``next_seq`` on; ``pending`` ones were accepted by an earlier server."""
         self._queue.open(run.run_id, run.tenant_id, next_seq, [one for one in pending if one.seq < next_seq])
         for operation in pending:
-            assert operation.work is not None or operation.is_loss
             self._spans[operation.future_id] = self._activity.operation(run, operation)
             if operation.seq >= next_seq:
                 self._queue.put(operation, time.monotonic())
@@ -129,8 +128,6 @@ class Scheduler:
     def started_seq(self, run_id: str) -> int | None:
         """See ``OperationQueue.started_seq``."""
         return self._queue.started_seq(run_id)
-
-    # --- operations ---------------------------------------------------------------------------------------------------
 
     async def submit(
         self, tenant: Tenant, run: Run, seq: int, name: str, sent: Work, make: Callable[[], Work] | None = None
@@ -193,13 +190,12 @@ class Scheduler:
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Meanwhile nothing of anybody else is with the engine, so that it is clear what it dies of."""
-        async with self._holding:
+        async with self._holding, self.errands.held():
             self._is_held = True
             try:
-                async with self.errands.held():
-                    while self._num_with_engine:  # noqa: ASYNC110 (many tell)
-                        await asyncio.sleep(_POLL_S)
-                    yield
+                while self._num_with_engine:  # noqa: ASYNC110 (many tell)
+                    await asyncio.sleep(_POLL_S)
+                yield
             finally:
                 self._is_held = False
 
@@ -241,7 +237,7 @@ class Scheduler:
         if operation.work is None:
             self._load(operation)
             return False
-        if self._could_start(operation):
+        if _could_start(operation, self.residence):
             return self._suspects.may_start(operation)
         refusal = self.residence.refusal(operation.run_id)
         if refusal is None:
@@ -250,10 +246,6 @@ class Scheduler:
             operation.work = Rejected(refusal, "server")
             asyncio.get_running_loop().call_soon(self.dispatch)
         return False
-
-    def _could_start(self, operation: Operation) -> bool:
-        work = operation.work
-        return isinstance(work, NEEDS_NO_ADAPTER) or (work is not None and self.residence.is_resident(operation.run_id))
 
     @property
     def _num_with_engine(self) -> int:
@@ -294,10 +286,9 @@ class Scheduler:
                 batch.append((part.work, partial(self._answered, part, in_pass)))
             else:
                 self._spawn(self._run_barrier(part, part.work))
-        if not batch:
-            return
-        self._num_unanswered += len(batch)
-        self.replies.send(batch)
+        if batch:
+            self._num_unanswered += len(batch)
+            self.replies.send(batch)
 
     def _answered(self, part: Part, in_pass: Pass | None, reply: Future[Any]) -> None:
         self._num_unanswered -= 1
@@ -371,11 +362,20 @@ class Scheduler:
 
     def _sweep(self) -> None:
         for operation in self._queue.give_up_gaps(time.monotonic(), self._seq_gap_timeout_s):
-            message = (
-                f"operation {operation.seq} waited {self._seq_gap_timeout_s:g} s for an earlier seq_id of run "
-                f"{operation.run_id} that never came"
-            )
+            message = _given_up(operation, self._seq_gap_timeout_s)
             self._settle(operation, Failure(message, "server"))
+
+
+def _could_start(operation: Operation, residence: Residence) -> bool:
+    work = operation.work
+    return isinstance(work, NEEDS_NO_ADAPTER) or (work is not None and residence.is_resident(operation.run_id))
+
+
+def _given_up(operation: Operation, timeout_s: float) -> str:
+    return (
+        f"operation {operation.seq} waited {timeout_s:g} s for an earlier seq_id of run {operation.run_id} "
+        "that never came"
+    )
 
 
 def _num_parts(operation: Operation) -> int:
