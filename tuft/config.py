@@ -158,6 +158,7 @@ class LimitsSection(Section):
     max_custom_losses: int = Field(128, ge=1, description="custom losses of one session")
     max_loss_nodes: int = Field(2000, ge=1, le=2000, description="nodes of the graph of one custom loss")
     max_runs_per_tenant: int = Field(64, ge=1, description="training runs of one tenant that may be loaded at once")
+    max_sessions_per_tenant: int = Field(1000, ge=1, description="sessions of one tenant that may live at once")
     max_pending_per_tenant: int = Field(20_000, ge=1, description="operations and samples of one tenant that may wait")
     result_retention_s: float = Field(600.0, ge=1, description="how long a result is kept after it was delivered")
     unread_retention_s: float = Field(21_600.0, ge=1, description="how long a result that nobody reads is kept")

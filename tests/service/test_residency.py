@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.conftest import TINY_MODEL
 from tests.service.conftest import Settled
-from tuft.records import Session, Tenant
+from tuft.engine.worker import EngineProcess
+from tuft.errors import QuotaExceeded
+from tuft.records import JournaledFuture, Run, Session, Tenant
+from tuft.service.aside import MAX_DEATHS
 from tuft.service.futures import Pending
 from tuft.service.services import Services
 from tuft.types import AdamParams, Datum, Failure, LoraSpec, LossResult, RunCreated, WeightsLoaded
@@ -229,3 +235,79 @@ async def test_a_step_that_failed_in_the_engine_fails_again_when_its_run_comes_b
         return [first, await run.step()]
 
     assert await losses(1, is_disturbed=True) == await losses(2, is_disturbed=False)
+
+
+@pytest.mark.slow
+async def test_a_run_that_engines_die_of_is_set_aside_and_everybody_else_goes_on(
+    services: Services, train: Train, settled: Settled, alice: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = await train(0), await train(1)
+    saved = (alice, run.run_id, run.next_seq(), "x", None, False, {})
+    await settled(await services.operations.save_weights(*saved))
+    before = [await run.step(), await other.step()]
+    monkeypatch.setattr("tuft.service.aside._PAUSE_S", 0.01)
+    residency, engine = services.residency, services.residency._engine
+    assert isinstance(engine, EngineProcess)
+    replay, num_deaths = residency._replay, 0
+
+    async def deadly(restored: Run, done: Sequence[JournaledFuture]) -> int:
+        nonlocal num_deaths
+        if restored.run_id == run.run_id:
+            num_deaths += 1
+            pid = engine.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        return await replay(restored, done)
+
+    monkeypatch.setattr(residency, "_replay", deadly)
+    residency.discard(run.run_id)
+    doomed = [
+        await services.operations.forward_backward(
+            alice, run.run_id, run.next_seq(), (DATUM,), "cross_entropy", {}, True
+        ),
+        await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams()),
+    ]
+    failed = [await services.futures.wait(alice, future_id, hold_s=120.0) for future_id in doomed]
+    for one in failed:
+        assert isinstance(one, Failure)
+        assert one.category == "server"
+        assert f"the engine died {MAX_DEATHS} times" in one.message
+        assert "load_state" in one.message
+    assert num_deaths == MAX_DEATHS
+    assert await other.step() < before[1]
+    assert num_deaths == MAX_DEATHS, "nobody tries it again"
+    loading = (alice, run.run_id, run.next_seq(), f"tinker://{run.run_id}/weights/x", True, None)
+    assert isinstance(await settled(await services.operations.load_weights(*loading)), WeightsLoaded)
+    assert await run.step() == before[0]
+
+
+async def test_operations_of_a_run_whose_base_model_is_not_configured_fail_until_it_is(
+    services: Services, train: Train, settled: Settled, alice: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await train(0)
+    await run.step()
+    there = services.models.all
+    services.residency.discard(run.run_id)
+    with monkeypatch.context() as patched:
+        other = (replace(there[0], name="another-model", aliases=()),)
+        patched.setattr(type(services.models), "all", property(lambda _: other))
+        for _ in range(2):
+            failed = await settled(
+                await services.operations.optim_step(alice, run.run_id, run.next_seq(), AdamParams())
+            )
+            assert isinstance(failed, Failure)
+            assert failed.category == "server"
+            assert repr(TINY_MODEL) in failed.message
+            assert "this server has 'another-model'" in failed.message
+    await run.step()
+
+
+async def test_a_run_that_has_left_memory_takes_none_of_the_resident_bytes(
+    services: Services, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await train(0)
+    monkeypatch.setitem(services.quotas._options, "resident_bytes", 1.5 * services.residency._bytes(run.run_id))
+    with pytest.raises(QuotaExceeded, match="resident_bytes"):
+        await train(1)
+    services.residency.discard(run.run_id)
+    await train(1)

@@ -19,7 +19,7 @@ from tuft.records import Run, Tenant, now
 from tuft.service.activity import Activity
 from tuft.service.audit import Audit
 from tuft.service.calls import SaveExternal
-from tuft.service.errands import MAX_DEATHS
+from tuft.service.errands import MAX_DEATHS, SUSPECT_DEATHS
 from tuft.service.futures import Futures, Pending
 from tuft.service.models import BaseModels
 from tuft.service.ownership import Ownership
@@ -90,12 +90,16 @@ class Everywhere:
         self.away: set[str] = set()
         self.asked: list[str] = []
         self.changes: list[str] = []
+        self.refusals: dict[str, str] = {}
 
     def is_resident(self, run_id: str) -> bool:
         return run_id not in self.away
 
     def bring(self, run_id: str) -> None:
         self.asked.append(run_id)
+
+    def refusal(self, run_id: str) -> str | None:
+        return self.refusals.get(run_id)
 
     def changed(self, run_id: str) -> None:
         self.changes.append(run_id)
@@ -251,6 +255,23 @@ async def test_an_operation_that_engines_keep_dying_with_fails_and_the_run_goes_
     assert await rig.result("a", deadly) == Failure("the engine died", "server")
     await rig.mailbox.answer(STEPPED)
     assert await rig.result("a", following) == STEPPED
+
+
+async def test_an_innocent_operation_that_was_there_when_engines_died_is_tried_alone_and_lives(rig: Rig) -> None:
+    deadly, innocent = await rig.step("a"), await rig.step("b")
+    died = EngineDied("the engine died")
+    while rig.mailbox.num_unanswered == 2 or len(rig.sent()) < 2 * SUSPECT_DEATHS:
+        await rig.mailbox.answer(*[died] * rig.mailbox.num_unanswered)
+    for _ in range(MAX_DEATHS):
+        (one,) = rig.mailbox.batches[-1]
+        assert rig.mailbox.num_unanswered == 1, "each is there alone"
+        assert isinstance(one, OptimStep)
+        if one.adapter_id == "b":
+            break
+        await rig.mailbox.answer(died)
+    await rig.mailbox.answer(STEPPED)
+    assert await rig.result("a", deadly) == Failure("the engine died", "server")
+    assert await rig.result("b", innocent) == STEPPED
 
 
 async def test_nothing_starts_while_the_engine_does(rig: Rig) -> None:

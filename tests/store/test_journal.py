@@ -102,6 +102,19 @@ def test_results_are_forgotten_in_their_time_and_operations_stay_for_replay(jour
     assert [future.key.seq for future in journal.of_run(RUN, -1)] == [2]
 
 
+def test_what_changes_no_run_goes_with_its_result_but_for_the_last_which_says_where_the_run_goes_on(
+    journal: Journal,
+) -> None:
+    forwards = [note for seq in (1, 2, 4, 6) for note in (accepted(seq, name="forward"), settled(seq))]
+    failed = [accepted(3), settled(3, outcome="failed")]
+    changing = [accepted(0, name="create_model"), settled(0), accepted(5), settled(5)]
+    journal.write([*changing, *forwards, *failed, accepted(7, name="forward")])
+    assert journal.forget_results(15.0, 100)
+    assert journal.prune(100) == 4
+    assert [future.key.seq for future in journal.of_run(RUN, -1)] == [0, 5, 6, 7]
+    assert journal.position(RUN) == (7, True)
+
+
 def test_the_operations_of_a_run_that_has_ended_go_with_their_results(journal: Journal, database: Database) -> None:
     journal.write([accepted(0), settled(0)])
     journal.forget_results(15.0, 100)

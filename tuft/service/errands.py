@@ -4,7 +4,8 @@ beside the runs' lanes."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
 
 MAX_DEATHS = 5
-"""What this many engines have died with is taken for the reason."""
+SUSPECT_DEATHS = 2
+"""What this many engines have died with is tried alone from then on. If ``MAX_DEATHS`` have, it is the reason."""
 _POLL_S = 0.02
 _CANCELLED = Failure("cancelled: its client asked for that", "user")
 
@@ -28,14 +30,26 @@ Errand = Callable[[], Awaitable[FutureResult]]
 
 
 class Errands:
-    """Of all tenants. What an engine held when it died is done again by the next one."""
+    """Of all tenants. What an engine held when it died is done again by the next one. Within ``alone`` nothing else is
+    with the engine."""
 
-    def __init__(self, engine: Engine, futures: Futures, activity: Activity) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        futures: Futures,
+        activity: Activity,
+        alone: Callable[[], AbstractAsyncContextManager[None]],
+    ) -> None:
+        self._alone = alone
         self._engine = engine
         self._futures = futures
         self._activity = activity
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: asyncio.Task[None] | None = None
+        self.num_under_way = 0
+        self._holds: set[str] = set()
+        self._may_begin = asyncio.Event()
+        self._may_begin.set()
 
     @property
     def num_running(self) -> int:
@@ -90,20 +104,46 @@ class Errands:
         if can_cancel:
             self._futures.let_cancel(future_id, task.cancel)
 
+    def hold(self, reason: str, *, is_held: bool) -> None:
+        """Nothing begins while there is a reason."""
+        (self._holds.add if is_held else self._holds.discard)(reason)
+        if self._holds:
+            self._may_begin.clear()
+        else:
+            self._may_begin.set()
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Begins once nothing is with the engine; meanwhile nothing goes there."""
+        self.hold("one", is_held=True)
+        try:
+            while self.num_under_way:  # noqa: ASYNC110 (many tell)
+                await asyncio.sleep(_POLL_S)
+            yield
+        finally:
+            self.hold("one", is_held=False)
+
     async def _outlasting(self, work: Errand) -> Settlement:
         """What ``work`` ends with, once the engine can compute; it is done again if the engine dies with it."""
         deaths: list[EngineDied] = []
         while len(deaths) < MAX_DEATHS:
             await self._until_ready()
-            try:
-                return await outcome(work())
-            except EngineDied as error:
-                deaths.append(error)
+            async with self._alone() if len(deaths) >= SUSPECT_DEATHS else nullcontext():
+                self.num_under_way += 1
+                try:
+                    return await outcome(work())
+                except EngineDied as error:
+                    deaths.append(error)
+                finally:
+                    self.num_under_way -= 1
         return failure(deaths[-1])
 
     async def _until_ready(self) -> None:
         """One looks for all: after a restart thousands may wait."""
-        while not self._engine.base_models:
+        while not self._engine.base_models or not self._may_begin.is_set():
+            await self._may_begin.wait()
+            if self._engine.base_models:
+                continue
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.get_running_loop().create_task(self._look())
             await asyncio.shield(self._looking)

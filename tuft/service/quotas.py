@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 
@@ -147,8 +147,11 @@ class Quotas:
             assert account.bucket is not None
             account.bucket -= 1.0
 
-    def require_run(self, tenant: Tenant, run: Run, loaded: Iterable[Run], models: BaseModels) -> None:
-        """Room for ``run`` beside those that are loaded, of all tenants. Raises QuotaExceeded."""
+    def require_run(
+        self, tenant: Tenant, run: Run, loaded: Iterable[Run], models: BaseModels, is_here: Callable[[str], bool]
+    ) -> None:
+        """Room for ``run`` beside those that are loaded, of all tenants. Only those that begin, or that memory holds
+        (``is_here``), take of its bytes. Raises QuotaExceeded."""
 
         def size(run: Run) -> int:
             return resident_bytes(models.require(run.base_model).linear_shapes, run.spec, run.optimizer)
@@ -159,7 +162,8 @@ class Quotas:
             counted = [other for other in own if holder.key_number in (0, other.key_number)]
             self._require(tenant, holder, _Need("concurrent_runs", len(counted), 0, 1, remedy=remedy))
             if self.allowed(holder, "resident_bytes") is not None:
-                used = sum(map(size, counted))
+                here = [other for other in counted if other.status == "creating" or is_here(other.run_id)]
+                used = sum(map(size, here))
                 self._require(tenant, holder, _Need("resident_bytes", used, 0, size(run), "bytes", remedy=remedy))
 
     def reserve(self, future_id: str, tenant: Tenant, charge: Charge) -> None:

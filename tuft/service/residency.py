@@ -10,22 +10,23 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 
 import structlog
 
 from tuft.engine.base import CreateAdapter, DropAdapter, Engine, LoadAdapter, OptimStep, RunLoss
-from tuft.errors import Damaged, EngineDied, RunLost, TuftError, UserError
+from tuft.errors import Damaged, EngineDied, InvalidInput, RunLost, TuftError, UserError
 from tuft.footprint import resident_bytes
 from tuft.records import JournaledFuture, Run
+from tuft.service.aside import Aside
 from tuft.service.calls import CreateRun
 from tuft.service.futures import Futures
 from tuft.service.models import BaseModels
 from tuft.service.queue import cut_loss
 from tuft.service.scheduler import HOW_TO_GO_ON, Scheduler
 from tuft.service.snapshots import Snapshots
-from tuft.store.journal import Journal
+from tuft.store.journal import REPLAYED, Journal
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +64,7 @@ class Residency:
         self._making_room = asyncio.Lock()
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
+        self._aside = Aside()
         self.lose: Callable[[Run, RunLost], None]
         """Ends a run whose state cannot be had any more. Set when the floor is put together."""
 
@@ -73,6 +75,7 @@ class Residency:
     def close(self, run_id: str) -> None:
         """The run has ended: neither the engine nor the disk needs to hold it."""
         self._runs.pop(run_id, None)
+        self._aside.forget(run_id)
         if run_id in self._bringing:
             self._engine.submit([DropAdapter(run_id)])
         self.discard(run_id)
@@ -82,6 +85,21 @@ class Residency:
         """The run's adapter was put into the engine when it had that generation."""
         self._generations[run_id] = generation
         self._generations.move_to_end(run_id)
+        self._aside.forget(run_id)
+
+    def refusal(self, run_id: str) -> str | None:
+        """Why the run cannot be brought in, if that will not change soon."""
+        run = self._runs.get(run_id)
+        if run is not None and self._models.all:
+            try:
+                self._models.require(run.base_model)
+            except InvalidInput as error:
+                return f"run {run_id} cannot compute here: {error}. It goes on when its base model is configured again"
+        return self._aside.reason(run_id)
+
+    def holds(self, run_id: str) -> bool:
+        """True if the run is in the engine's memory."""
+        return self._is_here(run_id)
 
     def discard(self, run_id: str) -> None:
         """What the engine has of the run is not its state: it comes back from the disk."""
@@ -152,15 +170,19 @@ class Residency:
     # --- in and out ---------------------------------------------------------------------------------------------------
 
     async def _bring(self, run_id: str) -> None:
+        generation, was_ready = self._engine.generation, False
         try:
             async with self._turn:  # one after the other: each is ready soonest, and memory is counted
                 while self._scheduler.is_running(run_id):  # noqa: ASYNC110 (what the last engine held is put back)
                     await asyncio.sleep(_POLL_S)
                 run = self._runs.get(run_id)
                 if run is not None and not self._is_here(run_id):
-                    await self._place(run)
+                    async with self._scheduler.alone() if self._aside.is_suspect(run_id) else nullcontext():
+                        generation, was_ready = self._engine.generation, bool(self._engine.base_models)
+                        await self._place(run)
         except EngineDied:
-            await asyncio.sleep(_PAUSE_S)
+            is_blamed = was_ready and self._engine.generation != generation and run_id in self._runs
+            await asyncio.sleep(self._aside.died(run_id) if is_blamed else _PAUSE_S)
         except Damaged as error:
             text = f"run {run_id} cannot be brought back: {error}; {HOW_TO_GO_ON}"
             log.error("run lost", run=run_id, error=str(error))
@@ -281,7 +303,3 @@ class Residency:
             return 0
         model = self._models.require(run.base_model)
         return resident_bytes(model.linear_shapes, run.spec, run.optimizer)
-
-
-REPLAYED = ("forward_backward", "optim_step")
-"""Names of the operations that change a run's state and are computed again. A load is followed by a snapshot."""

@@ -277,7 +277,7 @@ class Runs:
             optimizer=optimizer,
             key_number=tenant.key_number,
         )
-        self._quotas.require_run(tenant, run, self._open.values(), self._models)
+        self._quotas.require_run(tenant, run, self._open.values(), self._models, self._residency.holds)
         self._catalog.add_run(run)
         self._open[run_id] = run
         self._residency.open(run)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -21,13 +22,14 @@ from tuft.errors import Damaged, EngineDied, QuotaExceeded, RunLost, TuftError, 
 from tuft.records import FutureKey, Run, Tenant
 from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
-from tuft.service.errands import MAX_DEATHS, Errands
+from tuft.service.errands import MAX_DEATHS, SUSPECT_DEATHS, Errands
 from tuft.service.futures import Futures
 from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
 from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
 from tuft.service.refusals import Refusals
 from tuft.service.replies import Replies, Told
 from tuft.service.settlements import Settlement, failure, outcome
+from tuft.service.suspects import Suspects
 from tuft.service.traces import Span
 from tuft.types import Failure, FutureResult
 
@@ -53,6 +55,10 @@ class Residence(Protocol):
         """Have it there soon."""
         ...
 
+    def refusal(self, run_id: str) -> str | None:
+        """Why the run cannot be brought in, if that will not change soon."""
+        ...
+
     def changed(self, run_id: str) -> None:
         """An operation that changed the run's state has ended well."""
         ...
@@ -72,7 +78,7 @@ class Scheduler:
         queue: OperationQueue | None = None,
     ) -> None:
         self.replies = Replies(engine)
-        self.errands = Errands(engine, futures, activity)
+        self.errands = Errands(engine, futures, activity, self.alone)
         self._engine = engine
         self._futures = futures
         self._activity = activity
@@ -83,22 +89,23 @@ class Scheduler:
         self._queue = queue or OperationQueue()
         self.passes = EnginePasses(self._queue)
         self._spans: dict[str, Span] = {}  # of futures that are not settled yet
-        self._num_unanswered = 0
+        self._num_unanswered = self._num_barriers = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loading: set[str] = set()
         self._performers: dict[type, Perform] = {}
         self._refusals = Refusals()
-        self._is_draining = False
+        self._is_held = False  # nothing may start
+        self._holding = asyncio.Lock()
+        self._suspects = Suspects(
+            lambda one: _could_start(one, self.residence), lambda: self._num_with_engine + self.errands.num_under_way
+        )
         self.residence: Residence
         """Set when the floor is put together: who brings runs in asks this scheduler in turn."""
-
-    # --- runs ---------------------------------------------------------------------------------------------------------
 
     def open(self, run: Run, next_seq: int, pending: Sequence[Operation] = ()) -> None:
         """Accept operations of ``run`` from ``next_seq`` on; ``pending`` ones were accepted by an earlier server."""
         self._queue.open(run.run_id, run.tenant_id, next_seq, [one for one in pending if one.seq < next_seq])
         for operation in pending:
-            assert operation.work is not None or operation.is_loss
             self._spans[operation.future_id] = self._activity.operation(run, operation)
             if operation.seq >= next_seq:
                 self._queue.put(operation, time.monotonic())
@@ -121,8 +128,6 @@ class Scheduler:
     def started_seq(self, run_id: str) -> int | None:
         """See ``OperationQueue.started_seq``."""
         return self._queue.started_seq(run_id)
-
-    # --- operations ---------------------------------------------------------------------------------------------------
 
     async def submit(
         self, tenant: Tenant, run: Run, seq: int, name: str, sent: Work, make: Callable[[], Work] | None = None
@@ -175,11 +180,24 @@ class Scheduler:
         """Something that operations waited for is there: start all that may start now."""
         self._queue.pass_tokens = self._engine.pass_tokens
         self._queue.counters.credit = self._engine.pass_tokens + 1  # before a pass that waits, see service.passes
-        while self._engine.base_models:  # else it starts, and what waits keeps its place
+        self.errands.hold("suspects", is_held=self._suspects.first() is not None)
+        while self._engine.base_models and not self._is_held:  # else it starts, and what waits keeps its place
             parts, in_pass = self.passes.next(self._may_start, time.monotonic())
             if not parts:
                 return
             self._start(parts, in_pass)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Meanwhile nothing of anybody else is with the engine, so that it is clear what it dies of."""
+        async with self._holding, self.errands.held():
+            self._is_held = True
+            try:
+                while self._num_with_engine:  # noqa: ASYNC110 (many tell)
+                    await asyncio.sleep(_POLL_S)
+                yield
+            finally:
+                self._is_held = False
 
     async def serve(self) -> None:
         """Housekeeping; runs until cancelled."""
@@ -219,10 +237,19 @@ class Scheduler:
         if operation.work is None:
             self._load(operation)
             return False
-        if isinstance(operation.work, NEEDS_NO_ADAPTER) or self.residence.is_resident(operation.run_id):
-            return True
-        self.residence.bring(operation.run_id)
+        if _could_start(operation, self.residence):
+            return self._suspects.may_start(operation)
+        refusal = self.residence.refusal(operation.run_id)
+        if refusal is None:
+            self.residence.bring(operation.run_id)
+        else:  # it has its turn as an error
+            operation.work = Rejected(refusal, "server")
+            asyncio.get_running_loop().call_soon(self.dispatch)
         return False
+
+    @property
+    def _num_with_engine(self) -> int:
+        return self._num_unanswered + self._num_barriers
 
     def _load(self, operation: Operation) -> None:
         """Have its data in memory soon."""
@@ -259,13 +286,13 @@ class Scheduler:
                 batch.append((part.work, partial(self._answered, part, in_pass)))
             else:
                 self._spawn(self._run_barrier(part, part.work))
-        if not batch:
-            return
-        self._num_unanswered += len(batch)
-        self.replies.send(batch)
+        if batch:
+            self._num_unanswered += len(batch)
+            self.replies.send(batch)
 
     def _answered(self, part: Part, in_pass: Pass | None, reply: Future[Any]) -> None:
         self._num_unanswered -= 1
+        self._suspects.answered(self._num_with_engine)
         if in_pass is not None:
             self.passes.answered(in_pass, time.monotonic())
         error = reply.exception()
@@ -276,12 +303,16 @@ class Scheduler:
         self.dispatch()
 
     async def _run_barrier(self, part: Part, call: Call) -> None:
+        self._num_barriers += 1
         try:
             result = await outcome(self._performers[type(call)](part.operation, call))
         except EngineDied as error:
             self._interrupted(part, error)
         else:
             self._end(part, result)
+        finally:
+            self._num_barriers -= 1
+            self._suspects.answered(self._num_with_engine)
         self.dispatch()
 
     def _interrupted(self, part: Part, error: EngineDied) -> None:
@@ -291,7 +322,10 @@ class Scheduler:
         operation.error = None
         if self._queue.has(operation.run_id) and operation.num_deaths < MAX_DEATHS * _num_parts(operation):
             self._queue.interrupted(part)
+            if operation.num_deaths >= SUSPECT_DEATHS * _num_parts(operation):
+                self._suspects.add(operation)
         else:
+            self._suspects.discard(operation)
             operation.error = failure(error)
             self._queue.finished(part)
             if self._futures.is_pending(operation.future_id):
@@ -310,6 +344,7 @@ class Scheduler:
 
     def _settle(self, operation: Operation, result: Settlement) -> None:
         self._num_held_bytes -= self._held.pop(operation.future_id, 0)
+        self._suspects.discard(operation)
         if isinstance(result, Failure):
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
         elif isinstance(operation.work, OptimStep) or (isinstance(operation.work, RunLoss) and operation.work.backward):
@@ -327,11 +362,20 @@ class Scheduler:
 
     def _sweep(self) -> None:
         for operation in self._queue.give_up_gaps(time.monotonic(), self._seq_gap_timeout_s):
-            message = (
-                f"operation {operation.seq} waited {self._seq_gap_timeout_s:g} s for an earlier seq_id of run "
-                f"{operation.run_id} that never came"
-            )
+            message = _given_up(operation, self._seq_gap_timeout_s)
             self._settle(operation, Failure(message, "server"))
+
+
+def _could_start(operation: Operation, residence: Residence) -> bool:
+    work = operation.work
+    return isinstance(work, NEEDS_NO_ADAPTER) or (work is not None and residence.is_resident(operation.run_id))
+
+
+def _given_up(operation: Operation, timeout_s: float) -> str:
+    return (
+        f"operation {operation.seq} waited {timeout_s:g} s for an earlier seq_id of run {operation.run_id} "
+        "that never came"
+    )
 
 
 def _num_parts(operation: Operation) -> int:

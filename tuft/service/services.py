@@ -110,7 +110,12 @@ class Services:
         signer = Signer(secret)
         self.traces = Traces(signer)
         self.sessions = Sessions(
-            SessionCatalog(database), self.projects, self.audit, self.traces, limits.session_timeout_s
+            SessionCatalog(database),
+            self.projects,
+            self.audit,
+            self.traces,
+            limits.session_timeout_s,
+            limits.max_sessions_per_tenant,
         )
         return signer
 

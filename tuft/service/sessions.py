@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from uuid import uuid4
 
 from tuft.config import DEFAULT_PROJECT
-from tuft.errors import Gone, NotFound, refusing
+from tuft.errors import Gone, NotFound, QuotaExceeded, refusing
 from tuft.records import Session, SessionSearch, SessionSummary, Tenant, now
 from tuft.service.audit import Audit
 from tuft.service.projects import Projects
@@ -19,6 +19,7 @@ from tuft.service.traces import Traces
 from tuft.store.sessions import SessionCatalog
 
 _NOTE_INTERVAL_S = 60.0
+_SOON_S = 5.0
 _RUNNING = timedelta(minutes=5)
 
 
@@ -27,13 +28,15 @@ class Sessions:
     nothing was heard of it for ``timeout_s``."""
 
     def __init__(
-        self, catalog: SessionCatalog, projects: Projects, audit: Audit, traces: Traces, timeout_s: float
+        self, catalog: SessionCatalog, projects: Projects, audit: Audit, traces: Traces, timeout_s: float, max_live: int
     ) -> None:
         self._catalog = catalog
         self._projects = projects
         self._audit = audit
         self._traces = traces
         self._timeout_s = timeout_s
+        self._max_live = max_live
+        self._owners: dict[str, str] = {}  # tenants, by the session that was heard
         self._started_at_s = time.monotonic()
         self._heard_at_s: dict[str, float] = {}  # of those that have finished: before all time
         self._noted_at_s = self._started_at_s
@@ -48,7 +51,9 @@ class Sessions:
         project_id: str | None = None,
         session_id: str | None = None,
     ) -> Session:
-        """Raises InvalidInput for what can be no project. ``session_id``, if given, must be one that no one has."""
+        """Raises InvalidInput for what can be no project, QuotaExceeded beyond ``max_live`` sessions of the tenant.
+        ``session_id``, if given, must be one that no one has."""
+        self._require_room(tenant)
         session = Session(
             session_id=session_id or str(uuid4()),
             tenant_id=tenant.tenant_id,
@@ -62,14 +67,14 @@ class Sessions:
         self._catalog.add(session)
         if session.project_id is not None:
             self._note_project(tenant, session)
-        self._heard_at_s[session.session_id] = time.monotonic()
+        self._hear(session)
         return session
 
     def require(self, tenant: Tenant, session_id: str) -> Session:
         """The tenant's session of that id; raises NotFound."""
         session = self.find(tenant, session_id, accessible=False)
         if not session.finished:
-            self._heard_at_s[session_id] = time.monotonic()
+            self._hear(session)
         return session
 
     def find(self, tenant: Tenant, session_id: str, accessible: bool) -> Session:
@@ -100,7 +105,7 @@ class Sessions:
         session = self._catalog.session(tenant, session_id)
         if session is None or session.finished:
             raise refusing("session", session_id, Gone(f"session_id: {session_id!r} has finished or is unknown"))
-        self._heard_at_s[session_id] = time.monotonic()
+        self._hear(session)
 
     def is_over(self, session_id: str) -> bool:
         """True once the client said so or fell silent; one of an earlier server may still come back."""
@@ -149,6 +154,21 @@ class Sessions:
             silent = [key for key, heard_at_s in self._heard_at_s.items() if moment_s - heard_at_s > self._timeout_s]
             for session_id in silent:
                 del self._heard_at_s[session_id]
+                self._owners.pop(session_id, None)
+
+    def _hear(self, session: Session) -> None:
+        self._heard_at_s[session.session_id] = time.monotonic()
+        self._owners[session.session_id] = session.tenant_id
+
+    def _require_room(self, tenant: Tenant) -> None:
+        own = [session_id for session_id, owner in self._owners.items() if owner == tenant.tenant_id]
+        num_live = sum(not self.is_over(session_id) for session_id in own)
+        if num_live >= self._max_live:
+            raise QuotaExceeded(
+                f"sessions: tenant {tenant.name} has {num_live:,} that live; limits.max_sessions_per_tenant is "
+                f"{self._max_live:,}; finish one first",
+                _SOON_S,
+            )
 
     def _note_project(self, tenant: Tenant, session: Session) -> None:
         project_id = session.project_id or DEFAULT_PROJECT

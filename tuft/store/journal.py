@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert, or_, select, update
 
 from tuft.metering import Charge, UsageKey
 from tuft.records import FutureKey, FutureKind, JournaledFuture, Outcome, Snapshot, now
@@ -156,13 +156,26 @@ class Journal:
         return ids
 
     def prune(self, limit: int) -> int:
-        """Delete futures whose results are no longer kept and whose requests nobody needs: all but the operations of
-        live runs that no snapshot covers. Returns how many, at most ``limit``."""
-        table, snapshot = futures.c, snapshots.c
+        """Delete futures whose results are no longer kept and whose requests nobody needs: all but those operations of
+        live runs that are computed again and that no snapshot covers, and the last of each run, which says where it
+        goes on. Returns how many, at most ``limit``."""
+        table, snapshot, later = futures.c, snapshots.c, futures.alias("later").c
         covered = select(snapshot.run_id).where(snapshot.run_id == table.subject_id, snapshot.seq >= table.seq)
         live = select(runs.c.run_id).where(runs.c.run_id == table.subject_id, _IS_OPEN)
-        is_replayed = and_(table.kind == "operation", ~covered.exists(), live.exists())
-        query = select(table.future_id).where(table.outcome.is_not(None), table.result_bytes.is_(None), ~is_replayed)
+        followed = select(later.future_id).where(
+            later.kind == table.kind,
+            later.subject_id == table.subject_id,
+            later.seq > table.seq,
+            later.outcome.is_not(None),
+        )
+        changed = and_(table.name.in_(REPLAYED), table.outcome.in_(("ok", "spent")))
+        is_needed = and_(
+            table.kind == "operation",
+            ~covered.exists(),
+            live.exists(),
+            or_(table.seq == 0, changed, ~followed.exists()),
+        )
+        query = select(table.future_id).where(table.outcome.is_not(None), table.result_bytes.is_(None), ~is_needed)
         with self._database.transaction() as connection:
             ids = list(connection.execute(query.limit(limit)).scalars())
             _each(connection, delete(futures), ids)
@@ -202,6 +215,8 @@ class Journal:
         return [_future(row) for row in self._database.all(query)]
 
 
+REPLAYED = ("forward_backward", "optim_step")
+"""Names of the operations that change a run's state and are computed again. A load is followed by a snapshot."""
 _IS_OPEN = runs.c.status.in_(("creating", "live"))
 _FUTURE = tuple(column for column in futures.c if column.name not in ("request", "result"))
 
