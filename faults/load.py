@@ -66,6 +66,7 @@ async def _wait_all(server: Server, num_runs: int, num_each: int) -> tuple[int, 
     began_s = time.monotonic()
     await asyncio.sleep(_HELD_S if num_runs > 10 else 1)  # all wait
     for run_id, client in zip(runs, clients, strict=True):
+        client.close()  # the server may have closed it: it was idle for long
         await client.accepted("forward", model_id=run_id, seq_id=1, forward_input=loss(TOKENS))
     answers = await asyncio.gather(*pollers)
     return sum("error" not in answer for answer in answers), time.monotonic() - began_s
@@ -77,7 +78,8 @@ def _sdk_loop(server: Server, tenant: int, num_steps: int) -> int:
     client = tinker.ServiceClient(base_url=server.url, api_key=KEY.format(tenant))
     training = client.create_lora_training_client(MODEL, rank=4).result()
     datum = types.Datum(
-        model_input=types.ModelInput.from_ints(TOKENS[:-1]), loss_fn_inputs={"target_tokens": TOKENS[1:]}
+        model_input=types.ModelInput.from_ints(TOKENS[:-1]),
+        loss_fn_inputs={"target_tokens": types.TensorData(data=TOKENS[1:], dtype="int64")},
     )
     for _ in range(num_steps):
         training.forward_backward([datum], "cross_entropy").result()
@@ -126,7 +128,9 @@ async def _one_slow(server: Server, number: int, limit_s: float) -> bool:
         writer.write(head("/api/v1/create_session", KEY.format(0), 100_000))
     elif kind == "reader":
         writer.transport.get_extra_info("socket").setsockopt(1, 8, 4096)  # SO_RCVBUF
-        writer.transport.pause_reading()
+        reading = writer.transport
+        assert isinstance(reading, asyncio.Transport)
+        reading.pause_reading()
         writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
     try:
         while time.monotonic() < until_s:

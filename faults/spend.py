@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from faults.client import Client, allow_many_descriptors
-from faults.live import Server, tiny_server
+from faults.live import tiny_server
 from faults.record import Record
+from faults.server import Server
 
 _NUM_CLIENTS = 50
 _PREFILL, _SAMPLE = 5.0, 40.0

@@ -22,7 +22,7 @@ def _watch(file: str) -> None:
             with open(file, "a") as opened:  # noqa: PTH123
                 opened.write(f"{took_s * 1e3:.1f} {handle!r:.300}\n")
 
-    asyncio.events.Handle._run = timed  # type: ignore[method-assign]
+    asyncio.events.Handle._run = timed  # type: ignore[method-assign, assignment]
 
 
 if _FILE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 
 import httpx
@@ -154,8 +155,8 @@ def test_an_expired_one_is_gone_at_once_and_its_files_with_the_sweep(server: Ser
         checkpoints._catalog.set_expiry(checkpoint.path, now() - datetime.timedelta(seconds=1))
         assert post(server.alice, "weights_info", tinker_path=path).status_code == 404
         assert post(server.bob, "weights_info", tinker_path=path).status_code == 404
-        checkpoints.expire()
-        checkpoints.expire()
+        asyncio.run(checkpoints.expire())
+        asyncio.run(checkpoints.expire())
     assert [entry["path"] for entry in logs if entry["event"] == "a checkpoint has expired"] == [path]
     assert not directory.exists()
 

@@ -79,7 +79,7 @@ async def test_losses_end_with_their_session(
     for of in (session, other):
         await settled(await services.custom_losses.create(alice, of.session_id, 0, LOSS))
     services.sessions.finish(alice, session.session_id, "success", None)
-    services.custom_losses.sweep()
+    await services.custom_losses.sweep()
     with pytest.raises(InvalidInput):
         services.custom_losses.named_by(run_of(session), {"loss_id": f"{session.session_id}:loss:0"})
     assert services.custom_losses.named_by(run_of(other), {"loss_id": f"{other.session_id}:loss:0"}) == LOSS

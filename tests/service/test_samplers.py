@@ -179,7 +179,7 @@ async def test_inflight_weights_come_back_from_disk(client: Client, engine: Engi
     await client.save()  # another takes the only place in the engine
     assert await client.score(sampler_id) == before
     client.services.sessions.finish(client.tenant, client.session.session_id, "success", None)
-    client.services.samplers.sweep()
+    await client.services.samplers.sweep()
     assert directories(client.services) == []
 
 

@@ -128,7 +128,7 @@ async def test_a_finished_sessions_runs_are_unloaded_and_say_so(
     services: Services, alice: Tenant, session: Session, run_id: str, settled: Settled
 ) -> None:
     services.sessions.finish(alice, session.session_id, "success", None)
-    services.runs.sweep()
+    await services.runs.sweep()
     assert services.runs.get(alice, run_id).status == "unloaded"
     after = await settled(await backward(services, alice, run_id, 1, DATUM))
     assert isinstance(after, Failure)
@@ -141,10 +141,10 @@ async def test_a_finished_sessions_ephemeral_weights_are_deleted_and_its_checkpo
     await settled(await services.operations.save_weights_for_sampler(alice, run_id, 1, None, 1, None, {}))
     await settled(await services.operations.save_weights_for_sampler(alice, run_id, 2, "named", None, None, {}))
     root = services.config.home / "checkpoints"
-    services.samplers.sweep()
+    await services.samplers.sweep()
     assert len(list(root.glob("*/*/*/manifest.json"))) == 2
     services.sessions.finish(alice, session.session_id, "success", None)
-    services.samplers.sweep()
+    await services.samplers.sweep()
     (kept,) = root.glob("*/*/*/manifest.json")
     assert kept.parent.name.startswith("named-")
 

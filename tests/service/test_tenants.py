@@ -360,7 +360,7 @@ async def test_the_use_of_a_key_that_ended_is_noted_once_and_always_counted(
             tenants.key("tml-guess")
         with pytest.raises(Forbidden):
             tenants.require(narrow, "admin", "GET /api/v1/admin/keys")
-        tenants.sweep()
+        await tenants.sweep()
     assert dict(tenants.num_refused) == {"revoked": 3, "unknown": 3, "scope admin": 3}
     entries = await Audit(AuditLog(database), 1).of_day(None, "organizations", now().date())
     refused = [entry.details for entry in entries if entry.event == "key_refuse"]

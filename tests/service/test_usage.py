@@ -108,7 +108,7 @@ async def test_what_is_stored_is_counted_by_the_time_it_is(usage: Usage, databas
             Checkpoint(path, ALICE.tenant_id, "m", LoraSpec(), name, 1000, True, now(), expires_at, {})
         )
     for _ in range(2):
-        usage.measure_storage(elapsed_s=30.0)
+        await usage.measure_storage(elapsed_s=30.0)
     (row,) = await rows(usage)
     assert (row.kind, row.quantity, row.session_id, row.project_id) == ("storage", 60_000, None, None)
     (stored,) = usage.storage(ALICE, None)

@@ -68,11 +68,11 @@ class Audit:
             entries.insert(0, AuditEntry(entries[0].at, "audit_omitted", {"num_entries": total - len(entries)}))
         return entries
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Now and then: forget what is older than the retention."""
         if time.monotonic() >= self._next_sweep_s:
             self._next_sweep_s = time.monotonic() + _SWEEP_INTERVAL_S
-            self._log.delete_before(now() - self._retention)
+            await asyncio.to_thread(self._log.delete_before, now() - self._retention)
 
 
 def entry_of(

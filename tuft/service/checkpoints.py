@@ -268,9 +268,9 @@ class Checkpoints:
         """What may be downloaded of it, by name."""
         return await asyncio.to_thread(files_to_hand_out, self._root, checkpoint.directory)
 
-    def expire(self) -> None:
+    async def expire(self) -> None:
         """Delete what has outlived its ttl."""
-        for checkpoint in self._catalog.delete_expired():
+        for checkpoint in await asyncio.to_thread(self._catalog.delete_expired):
             self.discard(checkpoint.directory)
             log.info("a checkpoint has expired", path=str(checkpoint.path), tenant_id=checkpoint.tenant_id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -64,10 +65,10 @@ class CustomLosses:
             raise refusing("custom_loss", str(loss_id), InvalidInput("loss_fn_config.loss_id", loss_id, allowed))
         return loss
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Forget the losses of sessions that are over."""
-        for session_id in filter(self._sessions.is_over, self._table.sessions()):
-            self._table.delete(session_id)
+        for session_id in filter(self._sessions.is_over, await asyncio.to_thread(self._table.sessions)):
+            await asyncio.to_thread(self._table.delete, session_id)
 
     async def _start(self, tenant: Tenant, session_id: str, custom_loss_seq_id: int, call: CheckLoss | Rejected) -> str:
         self._sessions.require(tenant, session_id)

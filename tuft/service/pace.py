@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from dataclasses import dataclass
 
+from tuft.errors import StorageError
 from tuft.store.paces import PaceTable
 
 _MEMORY_S = 600.0
@@ -37,9 +39,14 @@ class Pace:
             kept = _MEMORY_S / measured.busy_s
             measured.num_tokens, measured.busy_s = measured.num_tokens * kept, _MEMORY_S
 
-    def keep(self) -> None:
+    async def keep(self) -> None:
         """Write down what was measured since the last time, for ``tuft estimate`` beside this server or after it."""
-        for base_model, measured in self._models.items():
+        for base_model, measured in list(self._models.items()):
             if measured.is_new and measured.busy_s > 0:
-                self._table.put(base_model, round(measured.num_tokens), max(round(measured.busy_s * 1000), 1))
                 measured.is_new = False
+                row = (base_model, round(measured.num_tokens), max(round(measured.busy_s * 1000), 1))
+                try:
+                    await asyncio.to_thread(self._table.put, *row)
+                except StorageError:
+                    measured.is_new = True
+                    raise

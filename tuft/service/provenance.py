@@ -7,6 +7,7 @@ training request that uses it starts that day again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
@@ -73,8 +74,8 @@ class Provenance:
         self._sequences.keep_until(run.session_id, used, now() + RETENTION)
         return tuple(resolved)
 
-    def sweep(self) -> None:
-        self._sequences.delete_expired()
+    async def sweep(self) -> None:
+        await asyncio.to_thread(self._sequences.delete_expired)
 
 
 def _resolved(datum: Datum, where: str, records: Mapping[str, RecordedSequence]) -> Datum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -206,11 +207,12 @@ class Runs:
         self._close(present, "unloaded" if present.status in ("creating", "live") else present.status)
         return RunUnloaded(run.run_id)
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Write what ``touch`` noted, and unload the runs whose session is over: no client can reach them any more."""
         if self._touched:
-            touched, self._touched = self._touched, {}
-            self._catalog.touch_runs(touched)
+            touched = dict(self._touched)
+            await asyncio.to_thread(self._catalog.touch_runs, touched)
+            self._touched = {key: at for key, at in self._touched.items() if touched.get(key) != at}
         for run in list(self._open.values()):
             if self._sessions.is_over(run.session_id):
                 self._close(run, "unloaded" if run.status == "live" else run.status)

@@ -231,9 +231,9 @@ class Samplers:
             self._provenance.record(tenant, sampler.session_id, ids, call.spec.prompt_tokens, result)
         return result
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Forget the ephemeral weights of sessions that are over: nothing can name them any more."""
-        for session_id in filter(self._sessions.is_over, self._catalog.ephemeral_sessions()):
+        for session_id in filter(self._sessions.is_over, await asyncio.to_thread(self._catalog.ephemeral_sessions)):
             for directory in self._catalog.delete_ephemeral_samplers(session_id):
                 self.residents.discard(directory)
 

@@ -202,9 +202,9 @@ class Services:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.residency.stop(self.config.server.drain_timeout_s)
-        self.runs.sweep()
+        await self.runs.sweep()
         self.completions.sweep()
-        self.usage.flush()
+        await self.usage.flush()
         self.tenants.flush()
         await self.ownership.look_into_all()
         await self.futures.sweep()
@@ -216,7 +216,6 @@ class Services:
             for sweep in (
                 self.runs.sweep,
                 self.samplers.sweep,
-                self.completions.sweep,
                 self.custom_losses.sweep,
                 self.provenance.sweep,
                 self.checkpoints.expire,
@@ -226,10 +225,11 @@ class Services:
                 self.audit.sweep,
             ):
                 try:
-                    sweep()
+                    await sweep()
                 except StorageError as error:  # the next round may do better
                     log.error("housekeeping failed", error=str(error))
-                await asyncio.sleep(_SWEEP_PAUSE_S)  # each may have waited for the database
+                await asyncio.sleep(_SWEEP_PAUSE_S)  # each may have kept the database busy
+            self.completions.sweep()
             try:
                 self.completions.forget(await self.futures.sweep())
             except StorageError as error:

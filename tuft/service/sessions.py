@@ -143,12 +143,13 @@ class Sessions:
         shared, since = self._projects.shared_with(tenant), now() - _RUNNING
         return await asyncio.to_thread(self._catalog.search, tenant, shared, search, since)  # it may read every session
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Write down now and then who was heard, and forget who fell silent."""
         moment_s = time.monotonic()
         if moment_s - self._noted_at_s < _NOTE_INTERVAL_S:
             return
-        self._catalog.heard([key for key, heard_at_s in self._heard_at_s.items() if heard_at_s >= self._noted_at_s])
+        heard = [key for key, heard_at_s in self._heard_at_s.items() if heard_at_s >= self._noted_at_s]
+        await asyncio.to_thread(self._catalog.heard, heard)
         self._noted_at_s = moment_s
         if moment_s - self._started_at_s > self._timeout_s:  # from here on, who is not in the table is over
             silent = [key for key, heard_at_s in self._heard_at_s.items() if moment_s - heard_at_s > self._timeout_s]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import math
@@ -10,12 +11,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from secrets import token_hex, token_urlsafe
 
 import jwt
 
 from tuft.config import ALL_SCOPES, API_KEY_PREFIX, USER_SCOPES, Scope
-from tuft.errors import Forbidden, InvalidInput, InvalidToken, NotFound, Unauthorized
+from tuft.errors import Forbidden, InvalidInput, InvalidToken, NotFound, StorageError, Unauthorized
 from tuft.records import ApiKey, Operator, Tenant, TenantSummary, now, valid_name
 from tuft.service.audit import Audit, entry_of
 from tuft.store.audit import NewEntry
@@ -235,24 +237,29 @@ class Tenants:
 
     # --- housekeeping -------------------------------------------------------------------------------------------------
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Note which keys were refused and why, once an hour each, and now and then when keys were used."""
         moment_s = time.monotonic()
         for (key_id, reason), key in list(self._refused.items()):
             if moment_s >= self._noted_s.get((key_id, reason), 0.0):
-                self._audit.note(key.tenant, "key_refuse", key.tenant.tenant_id, **_told(key), reason=reason)
+                note = partial(self._audit.note, key.tenant, "key_refuse", key.tenant.tenant_id)
+                await asyncio.to_thread(note, **_told(key), reason=reason)
                 self._noted_s[key_id, reason] = moment_s + _NOTE_EVERY_S
             del self._refused[key_id, reason]  # not before it is written: the database may refuse today
         if moment_s >= self._next_flush_s:
-            self.flush()
+            await asyncio.to_thread(self.flush)
             self._next_flush_s = moment_s + _WRITE_EVERY_S
 
     def flush(self) -> None:
         """Write when each key was used last."""
-        stored = {key_id: moment for key_id, moment in self._used.items() if key_id not in self._configured}
-        if stored:
-            self._catalog.note_use(stored)
-        self._used.clear()
+        used, self._used = self._used, {}
+        stored = {key_id: moment for key_id, moment in used.items() if key_id not in self._configured}
+        try:
+            if stored:
+                self._catalog.note_use(stored)
+        except StorageError:
+            self._used = {**used, **self._used}
+            raise
 
     # ------------------------------------------------------------------------------------------------------------------
 

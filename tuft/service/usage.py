@@ -63,31 +63,31 @@ class Usage:
             if quantity
         }
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Measure what is stored, and now and then add up what is too old."""
         moment_s = time.monotonic()
         if moment_s - self._measured_at_s >= _MEASURE_INTERVAL_S:
             elapsed_s, self._measured_at_s = moment_s - self._measured_at_s, moment_s
-            self._pace.keep()
-            self.measure_storage(elapsed_s)
+            await self._pace.keep()
+            await self.measure_storage(elapsed_s)
         if moment_s >= self._next_sweep_s:
             self._next_sweep_s = moment_s + _SWEEP_INTERVAL_S
-            self._table.fold_before(now() - self._retention)
+            await asyncio.to_thread(self._table.fold_before, now() - self._retention)
 
-    def flush(self) -> None:
+    async def flush(self) -> None:
         """Write what is kept in memory: the pace. The ledger itself is always written."""
-        self._pace.keep()
+        await self._pace.keep()
 
-    def measure_storage(self, elapsed_s: float) -> None:
+    async def measure_storage(self, elapsed_s: float) -> None:
         """Count what is stored at this moment as having been stored for ``elapsed_s``."""
         counted: dict[UsageKey, int] = defaultdict(int)
-        for (tenant_id, base_model), num_bytes in self._table.stored_bytes().items():
+        for (tenant_id, base_model), num_bytes in (await asyncio.to_thread(self._table.stored_bytes)).items():
             rate = self._prices.rate("storage", base_model)
             counted[UsageKey(tenant_id, _this_hour(), "", base_model, "storage", 0, rate)] += round(
                 num_bytes * elapsed_s
             )
         self._quotas.count(counted)
-        self._table.add(counted)
+        await asyncio.to_thread(self._table.add, counted)
 
     async def between(self, tenant: Tenant, since: datetime, until: datetime) -> list[UsageRow]:
         """The tenant's usage by the hour, most tokens first within one. Raises InvalidInput for a window that cannot be

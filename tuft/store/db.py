@@ -57,9 +57,10 @@ class Database:
         on_postgres = self.engine.dialect.name == "postgresql"
         return func.lower(collate(texts, _POSTGRES_COLLATION) if on_postgres else texts)
 
-    def first(self, query: Select[Any]) -> Row[Any] | None:
+    def first(self, query: Select[Any], **named: Any) -> Row[Any] | None:
+        """``named``: values of the query's parameters."""
         with _refusals(), self._reading.connect() as connection:
-            return connection.execute(query).first()
+            return connection.execute(query, named).first()
 
     def all(self, query: Select[Any]) -> list[Row[Any]]:
         with _refusals(), self._reading.connect() as connection:

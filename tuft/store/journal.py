@@ -81,11 +81,10 @@ class Journal:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def find(self, key: FutureKey) -> JournaledFuture | None:
-        table = futures.c
-        return self._first(table.kind == key.kind, table.subject_id == key.subject_id, table.seq == key.seq)
+        return self._first(_OF_KEY, kind=key.kind, subject_id=key.subject_id, seq=key.seq)
 
     def future(self, future_id: str) -> JournaledFuture | None:
-        return self._first(futures.c.future_id == future_id)
+        return self._first(_OF_ID, future_id=future_id)
 
     def pending(self) -> list[JournaledFuture]:
         """What has no result yet, in the order in which it was accepted."""
@@ -207,8 +206,8 @@ class Journal:
             self._spool.delete(future_id, "request" if content == "request" else "result")
         return len(orphans)
 
-    def _first(self, *conditions: Any) -> JournaledFuture | None:
-        row = self._database.first(select(*_FUTURE).where(*conditions))
+    def _first(self, query: Select[Any], **named: Any) -> JournaledFuture | None:
+        row = self._database.first(query, **named)
         return None if row is None else _future(row)
 
     def _all(self, query: Select[Any]) -> list[JournaledFuture]:
@@ -219,6 +218,13 @@ REPLAYED = ("forward_backward", "optim_step")
 """Names of the operations that change a run's state and are computed again. A load is followed by a snapshot."""
 _IS_OPEN = runs.c.status.in_(("creating", "live"))
 _FUTURE = tuple(column for column in futures.c if column.name not in ("request", "result"))
+# built once: for every request, building one takes as long as asking the database
+_OF_ID = select(*_FUTURE).where(futures.c.future_id == bindparam("future_id"))
+_OF_KEY = select(*_FUTURE).where(
+    futures.c.kind == bindparam("kind"),
+    futures.c.subject_id == bindparam("subject_id"),
+    futures.c.seq == bindparam("seq"),
+)
 
 
 def _future(row: Row[Any]) -> JournaledFuture:
