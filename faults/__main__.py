@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from faults import crash, fairness, load, spend
+from faults import crash, fairness, load, spend, waits
 from faults.client import allow_many_descriptors
 from faults.record import Record
 
@@ -110,6 +110,14 @@ ATTACKS = (
     ),
     Attack("crowd", "who sends one a second is served beside a crowd", fairness.crowd, 10_000, 300, is_timed=True),
     Attack("shares", "Jain index 0.95 for equal weights, 1:3 for 1:3", fairness.shares, 1000, 200, is_timed=True),
+    Attack(
+        "waits",
+        "ETA within 25 % for 9 of 10 waits of a steady mix",
+        waits.steady,
+        500,
+        60,
+        is_timed=True,
+    ),
     Attack("spend", "at most one operation over the cap", spend.races, 1000, 100),
     Attack("waiting", "futures waiting at once, and healthz below 100 ms", load.waiting, 10_000, 500, is_timed=True),
     Attack("slow", "slow sockets hold nobody", load.slow_sockets, 500, 60, is_timed=True),
