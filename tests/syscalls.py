@@ -3,6 +3,9 @@ last thing that the process would have done.
 
 The kernel does it (seccomp's user notification), so that it is the real code, the real libraries and the real file
 system that are interrupted. The filter is of the calling thread and those it starts, in a fork; nothing else notices.
+
+The fork is of a process of its own, which has one thread: a fork of the tests' process may find a lock taken, of SQLite
+for one, by a thread that it does not have.
 """
 
 from __future__ import annotations
@@ -10,15 +13,20 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import pickle
 import platform
 import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 _NUMBERS: Mapping[str, Mapping[str, int]] = {
     "x86_64": {
@@ -65,7 +73,7 @@ def unsupported() -> str | None:
     if platform.machine() not in _SECCOMP:
         return f"no table of system calls for {platform.machine()}"
     try:
-        ended = hold(lambda: None, lambda _call: None)
+        ended = hold(_do_nothing, lambda _call: None)
     except OSError as error:
         return f"seccomp's user notification: {error}"
     return None if ended.exit_code == 0 else f"a child with a filter ended with {ended.exit_code}"
@@ -80,17 +88,15 @@ class Ended:
     said: str
 
 
-def hold(work: Callable[[], None], decide: Callable[[Call], Decision], *, reads: bool = False) -> Ended:
-    """Do ``work`` in a fork and ask ``decide`` before each call that changes a disk, or, with ``reads``, reads it."""
+def hold(work: Callable[[], object], decide: Callable[[Call], Decision], *, reads: bool = False) -> Ended:
+    """Do ``work``, which can be pickled, in a fork, and ask ``decide`` before each call that changes a disk, or, with
+    ``reads``, reads it."""
     ours, theirs = socket.socketpair()
     read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        ours.close()
-        os.close(read_end)
-        _be_held(work, theirs, write_end, reads)
-    theirs.close()
-    os.close(write_end)
+    with theirs, os.fdopen(write_end, "wb") as log:
+        forks, _ = _forks()
+        _send(forks, pickle.dumps((work, reads)), [theirs.fileno(), log.fileno()])
+    child = int.from_bytes(_receive(forks)[0], "little")
     try:
         _, (listener, *_), _, _ = socket.recv_fds(ours, 1, 1)
         try:
@@ -101,7 +107,7 @@ def hold(work: Callable[[], None], decide: Callable[[Call], Decision], *, reads:
         calls = []
     finally:
         ours.close()
-        _, status = os.waitpid(child, 0)
+        status = int.from_bytes(_receive(forks)[0], "little")
         with os.fdopen(read_end) as opened:
             said = opened.read()
     if not calls and said.startswith("OSError: no filter"):
@@ -109,7 +115,61 @@ def hold(work: Callable[[], None], decide: Callable[[Call], Decision], *, reads:
     return Ended(os.waitstatus_to_exitcode(status), tuple(calls), said)
 
 
-def _be_held(work: Callable[[], None], socket_to_parent: socket.socket, log: int, reads: bool) -> None:
+def _do_nothing() -> None:
+    pass
+
+
+@cache
+def _forks() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """To the process whose forks are held: it ends when the socket is closed."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", "tests.syscalls", str(theirs.fileno())]
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], pass_fds=[theirs.fileno()])
+    return ours, process
+
+
+def main() -> None:
+    """Fork as often as it is asked for, and tell of each fork its id and how it ended."""
+    asking = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        try:
+            message, (to_parent, log) = _receive(asking, num_descriptors=2)
+        except EOFError:
+            return
+        work, reads = pickle.loads(message)  # what the tests' process sends
+        child = os.fork()
+        if child == 0:
+            _be_held(work, socket.socket(fileno=to_parent), log, reads)
+        os.close(to_parent)
+        os.close(log)
+        _send(asking, child.to_bytes(8, "little"))
+        _, status = os.waitpid(child, 0)
+        _send(asking, status.to_bytes(8, "little"))
+
+
+def _send(to: socket.socket, message: bytes, descriptors: Sequence[int] = ()) -> None:
+    size = len(message).to_bytes(8, "little")
+    if descriptors:
+        socket.send_fds(to, [size], descriptors)
+    else:
+        to.sendall(size)
+    to.sendall(message)
+
+
+def _receive(of: socket.socket, num_descriptors: int = 0) -> tuple[bytes, list[int]]:
+    """Raises EOFError when the other end is closed."""
+    size, descriptors, _, _ = socket.recv_fds(of, 8, num_descriptors)
+    left = int.from_bytes(size, "little")
+    if not size:
+        raise EOFError
+    message = b""
+    while len(message) < left:
+        message += of.recv(left - len(message))
+    return message, descriptors
+
+
+def _be_held(work: Callable[[], object], socket_to_parent: socket.socket, log: int, reads: bool) -> None:
     """The child's whole life."""
     code = RAISED
     try:
@@ -190,3 +250,7 @@ def _changes_a_disk(name: str, arguments: list[int]) -> bool:
     if name in _FLAGS_ARGUMENT:
         return bool(arguments[_FLAGS_ARGUMENT[name]] & os.O_CREAT)
     return name not in ("write", "read") or arguments[0] > 2
+
+
+if __name__ == "__main__":
+    main()

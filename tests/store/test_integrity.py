@@ -173,16 +173,16 @@ def test_those_of_older_servers_verify_by_what_they_have(tmp_path: Path) -> None
         check_present(tmp_path, Stored("t/r/plain", None, sum(f.stat().st_size for f in config.parent.iterdir())))
 
 
+def be_refused(root: Path, whole: Stored, refusal: int) -> None:
+    with pytest.raises(StorageError, match=os.strerror(refusal)) as caught:
+        verify(root, whole)
+    raise SystemExit(4 if isinstance(caught.value, Damaged) else 3)
+
+
 @pytest.mark.skipif(unsupported() is not None, reason=f"system calls cannot be held: {unsupported()}")
 @pytest.mark.parametrize("refusal", [errno.EIO, errno.EMFILE])
 def test_a_disk_that_does_not_read_is_damage_but_a_process_that_cannot_is_not(tmp_path: Path, refusal: int) -> None:
     whole = stored(write_adapter(tmp_path, "t/r/a", state(), "base"))
-
-    def read() -> None:
-        with pytest.raises(StorageError, match=os.strerror(refusal)) as caught:
-            verify(tmp_path, whole)
-        raise SystemExit(4 if isinstance(caught.value, Damaged) else 3)
-
     calls = hold(partial(verify, tmp_path, whole), lambda _call: None, reads=True).calls
     assert len(calls) >= 4
     for number in range(len(calls)):
@@ -190,7 +190,7 @@ def test_a_disk_that_does_not_read_is_damage_but_a_process_that_cannot_is_not(tm
         def refuse(call: Call, at: int) -> int | None:
             return refusal if call.number == at else None
 
-        ended = hold(read, partial(refuse, at=number), reads=True)
+        ended = hold(partial(be_refused, tmp_path, whole, refusal), partial(refuse, at=number), reads=True)
         assert ended.exit_code == (4 if refusal == errno.EIO else 3), ended.said
 
 

@@ -157,20 +157,22 @@ def test_the_configuration_is_pefts(tmp_path: Path) -> None:
     assert config["target_modules"] == ["q_proj"]
 
 
+def write_sealed(root: Path, recipients: list[str]) -> None:
+    write_external(root, "t/r/a", state(optimizer=False), "base", recipients)
+
+
+def be_refused(root: Path, recipients: list[str], refusal: int) -> None:
+    with pytest.raises(StorageError, match=f"/t/r/a could not be written: .*{os.strerror(refusal)}") as caught:
+        write_sealed(root, recipients)
+    assert str(root) not in str(caught.value)
+
+
 @pytest.mark.skipif(unsupported() is not None, reason=f"system calls cannot be held: {unsupported()}")
 @pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EIO])
 def test_encrypting_is_refused_any_of_its_changes_and_leaves_nothing(tmp_path: Path, refusal: int) -> None:
     recipients = [str(pyrage.x25519.Identity.generate().to_public())]
 
-    def write(root: Path) -> None:
-        write_external(root, "t/r/a", state(optimizer=False), "base", recipients)
-
-    def be_refused(root: Path) -> None:
-        with pytest.raises(StorageError, match=f"/t/r/a could not be written: .*{os.strerror(refusal)}") as caught:
-            write(root)
-        assert str(tmp_path) not in str(caught.value)
-
-    calls = hold(partial(write, tmp_path / "whole"), lambda _call: None).calls
+    calls = hold(partial(write_sealed, tmp_path / "whole", recipients), lambda _call: None).calls
     assert len(calls) > 15
     for number, call in enumerate(calls):
         root = tmp_path / str(number)
@@ -178,7 +180,7 @@ def test_encrypting_is_refused_any_of_its_changes_and_leaves_nothing(tmp_path: P
         def refuse(call: Call, at: int) -> int | None:
             return refusal if call.number == at else None
 
-        ended = hold(partial(be_refused, root), partial(refuse, at=number))
+        ended = hold(partial(be_refused, root, recipients, refusal), partial(refuse, at=number))
         assert ended.exit_code == 0, f"{call.name}: {ended.said}"
         if call.name not in ("unlink", "unlinkat"):
             assert list(root.glob("t/r/*")) == [], call.name
