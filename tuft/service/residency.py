@@ -97,17 +97,13 @@ class Residency:
                 return f"run {run_id} cannot compute here: {error}. It goes on when its base model is configured again"
         return self._aside.reason(run_id)
 
-    def holds(self, run_id: str) -> bool:
-        """True if the run is in the engine's memory."""
-        return self._is_here(run_id)
-
     def discard(self, run_id: str) -> None:
         """What the engine has of the run is not its state: it comes back from the disk."""
         if self._generations.pop(run_id, None) is not None:
             self._engine.submit([DropAdapter(run_id)])
 
     def is_resident(self, run_id: str) -> bool:
-        if not self._is_here(run_id) or run_id in self._leaving:
+        if not self.holds(run_id) or run_id in self._leaving:
             return False
         self._generations.move_to_end(run_id)
         return True
@@ -117,7 +113,7 @@ class Residency:
 
     @property
     def num_resident(self) -> int:
-        return sum(map(self._is_here, self._generations))
+        return sum(map(self.holds, self._generations))
 
     def bring(self, run_id: str) -> None:
         if run_id in self._runs and run_id not in self._bringing:
@@ -127,7 +123,7 @@ class Residency:
     async def room(self, run: Run) -> AsyncIterator[None]:
         """Memory for ``run``, which is put into the engine meanwhile: the least used runs leave for it. One that
         computes stays until it has."""
-        if self._is_here(run.run_id):  # nor may it wait for others, which may wait for it
+        if self.holds(run.run_id):  # nor may it wait for others, which may wait for it
             yield
             return
         async with self._making_room:
@@ -145,7 +141,7 @@ class Residency:
             run_id = self._snapshots.due()
             if run_id is None:
                 continue
-            if run_id not in self._runs or not self._is_here(run_id):
+            if run_id not in self._runs or not self.holds(run_id):
                 self._snapshots.unchanged(run_id)
                 continue
             began_s = time.monotonic()
@@ -176,7 +172,7 @@ class Residency:
                 while self._scheduler.is_running(run_id):  # noqa: ASYNC110 (what the last engine held is put back)
                     await asyncio.sleep(_POLL_S)
                 run = self._runs.get(run_id)
-                if run is not None and not self._is_here(run_id):
+                if run is not None and not self.holds(run_id):
                     async with self._scheduler.alone() if self._aside.is_suspect(run_id) else nullcontext():
                         generation, was_ready = self._engine.generation, bool(self._engine.base_models)
                         await self._place(run)
@@ -208,7 +204,7 @@ class Residency:
 
     async def _make_room(self, run: Run) -> None:
         while True:
-            others = [run_id for run_id in self._generations if self._is_here(run_id)]
+            others = [run_id for run_id in self._generations if self.holds(run_id)]
             if sum(map(self._bytes, {*others, *self._coming, run.run_id})) <= self._room(run):
                 return
             if not others and not self._coming:
@@ -280,7 +276,7 @@ class Residency:
         run = self._runs.get(run_id)
         self._leaving.add(run_id)  # nothing of it starts meanwhile
         try:
-            if run is not None and self._is_here(run_id) and not self._snapshots.is_current(run_id):
+            if run is not None and self.holds(run_id) and not self._snapshots.is_current(run_id):
                 await self._snapshots.take(run)
         except EngineDied:
             return True  # and so it has left
@@ -294,7 +290,7 @@ class Residency:
             self._engine.submit([DropAdapter(run_id)])
         return True
 
-    def _is_here(self, run_id: str) -> bool:
+    def holds(self, run_id: str) -> bool:
         return self._generations.get(run_id) == self._engine.generation
 
     def _bytes(self, run_id: str) -> int:

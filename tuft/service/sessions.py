@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -36,7 +37,7 @@ class Sessions:
         self._traces = traces
         self._timeout_s = timeout_s
         self._max_live = max_live
-        self._owners: dict[str, str] = {}  # tenants, by the session that was heard
+        self._of_tenant: defaultdict[str, set[str]] = defaultdict(set)  # those that were heard
         self._started_at_s = time.monotonic()
         self._heard_at_s: dict[str, float] = {}  # of those that have finished: before all time
         self._noted_at_s = self._started_at_s
@@ -155,15 +156,15 @@ class Sessions:
             silent = [key for key, heard_at_s in self._heard_at_s.items() if moment_s - heard_at_s > self._timeout_s]
             for session_id in silent:
                 del self._heard_at_s[session_id]
-                self._owners.pop(session_id, None)
+                for own in self._of_tenant.values():
+                    own.discard(session_id)
 
     def _hear(self, session: Session) -> None:
         self._heard_at_s[session.session_id] = time.monotonic()
-        self._owners[session.session_id] = session.tenant_id
+        self._of_tenant[session.tenant_id].add(session.session_id)
 
     def _require_room(self, tenant: Tenant) -> None:
-        own = [session_id for session_id, owner in self._owners.items() if owner == tenant.tenant_id]
-        num_live = sum(not self.is_over(session_id) for session_id in own)
+        num_live = sum(not self.is_over(session_id) for session_id in self._of_tenant[tenant.tenant_id])
         if num_live >= self._max_live:
             raise QuotaExceeded(
                 f"sessions: tenant {tenant.name} has {num_live:,} that live; limits.max_sessions_per_tenant is "
