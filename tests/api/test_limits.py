@@ -48,6 +48,7 @@ ELSEWHERE = {
     "max_connections": "tests/test_connections.py",
     "max_inflight_bytes": "tests/api/test_inflight.py",
     "max_runs_per_tenant": "tests/service/test_services.py",
+    "max_sessions_per_tenant": "tests/service/test_sessions.py",
     "max_pending_per_tenant": "tests/service/test_futures.py",
     "max_resident_samplers": "tests/service/conftest.py",
 }

@@ -22,6 +22,8 @@ CHAT_SFT = REPOSITORY / "examples" / "chat_sft"
 DEMO = [sys.executable, str(CHAT_SFT / "demo.py")]
 SMALL = ["--batch-size", "2", "--num-test", "3", "--answer-tokens", "8", "--eval-every", "2"]
 API_KEY = "tml-of-the-notebook-test"
+NO_KERNELS = {"TUFT_ENGINE__COMPILED_KERNELS": "false"}
+"""A new home compiles them for a minute: the first test waits for that, as users do."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -65,6 +67,7 @@ def test_ctrl_c_saves_what_was_trained_and_stops_the_server(tmp_path: Path) -> N
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env={**os.environ, **NO_KERNELS},
     ) as demo:
         while len(metrics(tmp_path)) < 2 and demo.poll() is None:
             time.sleep(0.2)
@@ -118,5 +121,8 @@ def test_the_notebook_runs_from_top_to_bottom(server: str, tmp_path: Path, monke
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from demo import running_server
 
-    with running_server(tmp_path_factory.mktemp("home"), API_KEY) as base_url:
-        yield base_url
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in NO_KERNELS.items():
+            environment.setenv(name, value)
+        with running_server(tmp_path_factory.mktemp("home"), API_KEY) as base_url:
+            yield base_url

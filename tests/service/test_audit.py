@@ -72,6 +72,6 @@ async def test_what_is_left_out_of_a_long_day_is_said(log: AuditLog) -> None:
 async def test_the_sweep_forgets_what_is_older_than_the_retention(log: AuditLog) -> None:
     for age in (timedelta(days=3), timedelta(hours=1)):
         log.add([ALICE.tenant_id], now() - age, "key_create", {})
-    Audit(log, retention_days=2).sweep()
+    await Audit(log, retention_days=2).sweep()
     entries, total = log.newest(ALICE.tenant_id, None, now() - timedelta(days=9), now(), limit=9)
     assert len(entries) == total == 1

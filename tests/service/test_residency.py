@@ -158,7 +158,7 @@ async def test_runs_that_begin_at_once_take_no_more_than_there_is(services: Serv
     most = 0
     while not others.done():
         residency = services.residency
-        most = max(most, len({run for run in residency._generations if residency._is_here(run)} | residency._coming))
+        most = max(most, len({run for run in residency._generations if residency.holds(run)} | residency._coming))
         await asyncio.sleep(0)
     assert most == 1
     assert len({await run.step() for run in (first, *await others)}) == 1

@@ -1,22 +1,6 @@
-"""The short form of ``python -m faults.load``: nothing is lost. What the figures are to be, it judges in full alone."""
-
 from __future__ import annotations
 
-import pytest
-
-from faults.client import allow_many_descriptors
-from faults.load import EXPERIMENTS
 from faults.record import Record, quantile
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_nothing_is_lost(name: str) -> None:
-    allow_many_descriptors()
-    experiment, _, short = EXPERIMENTS[name]
-    record = experiment(short)
-    assert record.lost == 0, record
-    assert record.times >= short * 0.9
 
 
 def test_a_record_says_what_does_not_hold() -> None:
