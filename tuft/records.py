@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from tuft.config import USER_SCOPES, Scope
@@ -80,6 +81,12 @@ class TenantSummary:
 KeyState = Literal["valid", "expired", "revoked", "suspended"]
 
 
+@lru_cache(maxsize=4096)
+def _key_number(key_id: str) -> int:
+    """One object for all requests by that key: what is kept of each holds it."""
+    return int(key_id[:12], 16)
+
+
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """``key_id`` is a hash of the key, ``hint`` its last characters, ``name`` what its owner calls it, if anything;
@@ -99,7 +106,7 @@ class ApiKey:
     @property
     def number(self) -> int:
         """What the API calls the key: the first 48 bits of its id, which every JSON reader holds exactly."""
-        return int(self.key_id[:12], 16)
+        return _key_number(self.key_id)
 
     @property
     def caller(self) -> Tenant:

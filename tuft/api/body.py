@@ -43,7 +43,8 @@ class Fields(BaseModel):
     """Base of the JSON bodies. Unknown fields are ignored, so that a newer SDK does not break us; a field that is left
     out has the SDK's own default, since old SDKs leave defaults out."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    # ids come once: pydantic would keep 16,384 of them
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), cache_strings="keys")
 
     holds_data: ClassVar[bool] = False
     """Training data or a prompt: as large as ``limits.max_request_bytes``."""

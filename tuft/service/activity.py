@@ -85,18 +85,19 @@ class Activity:
         used: dict[str, int] = {}
         match result:
             case Failure():
-                span.settle(outcome="failed", error=result.message[:_MAX_ERROR])
+                error = result.message[:_MAX_ERROR].encode(errors="replace").decode()  # JSON holds no lone surrogate
+                span.settle(outcome="failed", error=error)
                 if result.refused is not None:
                     self._ownership.refused(result.refused, span.name, span.tenant_id)
             case SampleResult():
                 num_tokens = sum(len(sequence.tokens_N) for sequence in result.sequences)
                 num_cached = result.prompt_cache_hit_tokens
-                span.settle(outcome="ok", num_cached_tokens=num_cached, num_tokens=num_tokens)
                 num_prefilled = span.args["num_prompt_tokens"] - num_cached
+                span.settle(outcome="ok", num_cached_tokens=num_cached, num_tokens=num_tokens)
                 used = {"prefill_cached": num_cached, "prefill": num_prefilled, "sample": num_tokens}
             case LossResult():
-                span.settle(outcome="ok")
                 used = {"training": span.args["num_tokens"]}
+                span.settle(outcome="ok")
                 if span.started_s is not None and span.settled_s is not None:
                     self._pace.trained(span.base_model, used["training"], span.started_s, span.settled_s)
             case WeightsSaved() | ExternalSaved() | SamplerSaved(path=str()):
