@@ -174,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"--- {attack.name}: {attack.promise}", flush=True)
             records.append((attack, attack.run(times)))
             print(records[-1][1], flush=True)
-    if chosen.write:
-        CARD.write_text(card(records, " ".join(["python -m faults", *(arguments or sys.argv[1:])])))
+            if chosen.write:  # after each: an hour's work is not lost with its last minute
+                CARD.write_text(card(records, " ".join(["python -m faults", *(arguments or sys.argv[1:])])))
     if chosen.short:
         return int(any(record.lost or (record.broken and not attack.is_timed) for attack, record in records))
     return int(not all(record.holds for _, record in records))
