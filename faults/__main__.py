@@ -3,11 +3,15 @@
 make faults                     # all of it, at full size: about an hour
 python -m faults --short        # each a little, as CI does; writes nothing
 python -m faults kills soak     # some of it
+
+With --write each record is kept in out/faults, and the card is made of all that this commit has: attacks may be run one
+after another, or again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -15,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from faults.record import Record
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "docs" / "reliability.md"
+RECORDS = ROOT / "out" / "faults"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ ATTACKS = (
         tests(
             "disk and database",
             "case",
+            "tests/e2e/test_disk.py",
             "tests/store/test_faults.py",
             "tests/store/test_integrity.py",
             "tests/store/test_journal_writer.py",
@@ -91,6 +97,13 @@ ATTACKS = (
         "schema",
         "older and newer schemas, and clocks that jump",
         tests("schemas and clocks", "case", "tests/store/test_schema.py", "tests/e2e/test_clock.py"),
+        1,
+        0,
+    ),
+    Attack(
+        "room",
+        "a hundred runs train where ten fit; what kills engines is set aside",
+        tests("room for many", "case", "tests/e2e/test_room.py", "tests/service/test_residency.py"),
         1,
         0,
     ),
@@ -126,30 +139,52 @@ ATTACKS = (
 )
 
 
-def card(records: Sequence[tuple[Attack, Record]], command: str) -> str:
-    """The score card as Markdown."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+def keep(attack: Attack, record: Record, command: str) -> None:
+    """For the card, also of later commands."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    kept = {"commit": _commit(), "command": command, "record": asdict(record)}
+    (RECORDS / f"{attack.name}.json").write_text(json.dumps(kept))
+
+
+def kept() -> dict[str, tuple[str, Record]]:
+    """By attack, of this commit: the command that gave it, and the record."""
+    found = {}
+    for file in RECORDS.glob("*.json"):
+        told = json.loads(file.read_text())
+        if told["commit"] == _commit():
+            found[file.stem] = told["command"], Record(**told["record"])
+    return found
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def card() -> str:
+    """The score card as Markdown, of all that is kept of this commit."""
+    found = kept()
+    records = [(attack, *found[attack.name]) for attack in ATTACKS if attack.name in found]
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(command for _, command, _ in records))
     lines = [
         "# Reliability: the score card",
         "",
         "What was injected, how often, and what was lost of what had been promised. Written by `make faults`.",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, `{command}`",
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {_commit()}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}; {commands}",
         "",
         "| promise | injected | times | lost | verdict |",
         "|---|---|---|---|---|",
     ]
-    for attack, record in records:
+    for attack, _, record in records:
         verdict = "holds" if record.holds else "**broken**"
         lines.append(f"| {attack.promise} | {record.injected} | {record.times:,} | {record.lost} | {verdict} |")
-    missing = [attack.name for attack in ATTACKS if attack not in [run for run, _ in records]]
+    missing = [attack.name for attack in ATTACKS if attack.name not in found]
     if missing:
         lines += ["", f"Not part of this card, which is not the whole list: {', '.join(missing)}."]
     lines += ["", "## Figures", ""]
-    for attack, record in records:
+    for attack, _, record in records:
         lines += [f"**{record.name}** (`python -m faults {attack.name}`)", ""]
         lines += [f"- {name}: {value:g}" for name, value in record.measured.items()]
         lines += [f"- **broken: {what}**" for what in record.broken] + [""]
@@ -175,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append((attack, attack.run(times)))
             print(records[-1][1], flush=True)
             if chosen.write:  # after each: an hour's work is not lost with its last minute
-                CARD.write_text(card(records, " ".join(["python -m faults", *(arguments or sys.argv[1:])])))
+                keep(attack, records[-1][1], " ".join(["python -m faults", *(arguments or sys.argv[1:])]))
+                CARD.write_text(card())
     if chosen.short:
         return int(any(record.lost or (record.broken and not attack.is_timed) for attack, record in records))
     return int(not all(record.holds for _, record in records))

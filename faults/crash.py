@@ -31,7 +31,7 @@ from faults.server import Server
 from tests.conftest import TINY_MODEL, tiny_config
 from tests.models.tiny import make_tiny_model
 
-_SETTINGS = "[journal]\nsnapshot_interval_s = 2.0\n"
+_SETTINGS = "[journal]\nsnapshot_interval_s = 2.0\n[limits]\nresult_retention_s = 86400\n"  # all are counted at the end
 _SAVE_EVERY, _SAMPLE_EVERY = 7, 5
 _SPREAD_S = 3.0
 """A kill comes so long after the step that armed it at the latest: the engine is down for about as long."""
