@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _ROOT = Path("/")
@@ -11,10 +12,8 @@ _UNLIMITED = 2**60
 
 def memory_bytes(root: Path = _ROOT) -> int:
     """The machine's memory, or the least that a control group above this process allows. It does not depend on what
-    is in use: what was decided by it is decided alike after a restart. ``root``: where /proc and /sys are."""
-    meminfo = (root / "proc/meminfo").read_text(encoding="ascii")
-    total_kib = next(line.split()[1] for line in meminfo.splitlines() if line.startswith("MemTotal:"))
-    return min([int(total_kib) * 1024, *_limits(root)])
+    is in use: what was decided by it is decided alike after a restart. ``root``: where Linux has /proc and /sys."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits(root)])
 
 
 def _limits(root: Path) -> list[int]:
