@@ -369,13 +369,13 @@ async def test_the_use_of_a_key_that_ended_is_noted_once_and_always_counted(
     assert "tml-guess"[-4:] not in str(entries)
 
 
-def test_when_a_key_was_used_last_is_written_now_and_then(tenants: Tenants) -> None:
+async def test_when_a_key_was_used_last_is_written_now_and_then(tenants: Tenants) -> None:
     tenants.accept("alice", "tml-configured")
     key = tenants.create_key("alice")
     assert tenants.stored(key).last_used_at is None
     tenants.key("tml-configured")
     tenants.key(key)
-    tenants.flush()
+    await tenants.flush()
     assert tenants.stored(key).last_used_at is not None
 
 

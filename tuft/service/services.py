@@ -205,7 +205,7 @@ class Services:
         await self.runs.sweep()
         self.completions.sweep()
         await self.usage.flush()
-        self.tenants.flush()
+        await self.tenants.flush()
         await self.ownership.look_into_all()
         await self.futures.sweep()
         await asyncio.to_thread(self.futures.writing.close)

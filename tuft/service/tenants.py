@@ -247,16 +247,16 @@ class Tenants:
                 self._noted_s[key_id, reason] = moment_s + _NOTE_EVERY_S
             del self._refused[key_id, reason]  # not before it is written: the database may refuse today
         if moment_s >= self._next_flush_s:
-            await asyncio.to_thread(self.flush)
+            await self.flush()
             self._next_flush_s = moment_s + _WRITE_EVERY_S
 
-    def flush(self) -> None:
+    async def flush(self) -> None:
         """Write when each key was used last."""
         used, self._used = self._used, {}
         stored = {key_id: moment for key_id, moment in used.items() if key_id not in self._configured}
         try:
             if stored:
-                self._catalog.note_use(stored)
+                await asyncio.to_thread(self._catalog.note_use, stored)
         except StorageError:
             self._used = {**used, **self._used}
             raise
