@@ -93,7 +93,8 @@ def running_server(home: Path, api_key: str) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        print(f"Starting a server on {base_url}; the model loads ...", flush=True)
+        print(f"Starting a server on {base_url}; the model loads, and the first time in {home} CPU kernels are")
+        print("compiled, which takes about a minute ...", flush=True)
         started_s = time.monotonic()
         wait_ready(base_url, server, log_path)
         print(f"Ready after {time.monotonic() - started_s:.0f} s", flush=True)
