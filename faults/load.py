@@ -28,6 +28,8 @@ RSS_SLOPE_MB = 1.0
 _OPENED_AT_ONCE = 200
 _OF_A_RUN = 200
 _HELD_S = 10.0
+_KEPT_S = 30.0
+"""For how long a soak's server keeps results at the longest: until then what it keeps only grows."""
 
 
 def waiting(num_futures: int, num_sdk_clients: int = 3) -> Record:
@@ -190,13 +192,17 @@ async def _come_back(server: Server, num_runs: int, num_each: int) -> tuple[int,
 
 def soak(num_operations: int, num_clients: int = 4) -> Record:
     """So many operations, of a training loop that samples; what both processes hold must not grow with them."""
-    options = "[limits]\nresult_retention_s = 5\nunread_retention_s = 30\n"
+    options = f"[limits]\nresult_retention_s = 5\nunread_retention_s = {_KEPT_S:g}\n"
     with tiny_server(num_tenants=num_clients, options=options) as server:
         points = asyncio.run(_long_day(server, num_operations, num_clients))
-    numbers, figures = np.array([point[0] for point in points]), np.array([point[1:] for point in points], float)
-    late = numbers >= numbers[-1] / 4  # caches are filled by then
+    seconds, numbers = np.array([point[0] for point in points]), np.array([point[1] for point in points])
+    figures = np.array([point[2:] for point in points], float)
+    late = numbers >= numbers[-1] / 4  # caches are filled by then, and so is what is kept for a time
+    if seconds[-1] > 2 * _KEPT_S:
+        late &= seconds >= _KEPT_S
     slopes = np.polyfit(numbers[late] / 1000, figures[late], 1)[0]
     measured = {
+        "measured_from_operation": float(numbers[late][0]),
         "server_mb_per_1000": slopes[0] / 1e6,
         "engine_mb_per_1000": slopes[1] / 1e6,
         "server_rss_mb": figures[-1, 0] / 1e6,
@@ -212,9 +218,10 @@ def soak(num_operations: int, num_clients: int = 4) -> Record:
     return Record("soak", "operation", int(numbers[-1]), 0, measured, tuple(broken))
 
 
-async def _long_day(server: Server, num_operations: int, num_clients: int) -> list[tuple[int, ...]]:
-    """After how many operations: memory of server and engine, descriptors of both."""
-    points: list[tuple[int, ...]] = []
+async def _long_day(server: Server, num_operations: int, num_clients: int) -> list[tuple[float, ...]]:
+    """After how many seconds and operations: memory of server and engine, descriptors of both."""
+    points: list[tuple[float, ...]] = []
+    began_s = time.monotonic()
     num_done = 0
 
     async def work(tenant: int) -> None:
@@ -243,7 +250,8 @@ async def _long_day(server: Server, num_operations: int, num_clients: int) -> li
         while num_done < num_operations:
             if num_done >= len(points) * every:
                 pids = (server.pid, engine_pid)
-                points.append((num_done, *map(rss_bytes, pids), *map(num_descriptors, pids)))
+                elapsed_s = time.monotonic() - began_s
+                points.append((elapsed_s, num_done, *map(rss_bytes, pids), *map(num_descriptors, pids)))
             await asyncio.sleep(0.05)
 
     await asyncio.gather(measure(), *(work(tenant) for tenant in range(num_clients)))

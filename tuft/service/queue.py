@@ -28,6 +28,8 @@ from tuft.types import Failure
 
 Work = RunLoss | OptimStep | Call
 TRAINING = "training"
+MAX_LOSSES = 64
+"""Taken at once. Hundreds of small ones fit a pass; to take all of them would hold the event loop for 0.2 s."""
 
 
 @dataclass(slots=True)
@@ -242,16 +244,18 @@ class OperationQueue:
             lane.gap_since_s = now_s
 
     def take(self, free_rows: int, may_start: MayStart = lambda _: True, below: float = inf) -> list[Part]:
-        """What starts now: all that is no loss and may start, and losses of any lanes in the fair order, until one does
-        not fit into ``free_rows`` rows of a pass. Into an empty pass (``pass_tokens`` rows) the first goes however
-        large. A smaller one behind may not fill the gap: with enough of those, the order would be theirs. ``below``:
-        losses of tenants whose level is lower, and no others."""
+        """What starts now: all that is no loss and may start, and up to ``MAX_LOSSES`` losses of any lanes in the fair
+        order, until one does not fit into ``free_rows`` rows of a pass. Into an empty pass (``pass_tokens`` rows) the
+        first goes however large. A smaller one behind may not fill the gap: with enough of those, the order would be
+        theirs. ``below``: losses of tenants whose level is lower, and no others."""
         taken: list[Part] = []
         heads: dict[str, list[tuple[int, Part, _Lane]]] = {}
         for lane in self._lanes.values():
             self._advance(lane, may_start, taken, heads)
         self.counters.now_want(TRAINING, heads)
-        while heads:
+        num_left = MAX_LOSSES
+        while heads and num_left:
+            num_left -= 1
             tenant_id = min(heads, key=self.counters.order)
             level = self.counters.level(tenant_id)
             _, part, lane = heads[tenant_id][0]

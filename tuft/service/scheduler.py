@@ -24,8 +24,9 @@ from tuft.service.activity import Activity
 from tuft.service.calls import NEEDS_NO_ADAPTER, Call, Rejected
 from tuft.service.errands import MAX_DEATHS, SUSPECT_DEATHS, Errands
 from tuft.service.futures import Futures
+from tuft.service.held import HeldRequests
 from tuft.service.passes import MAX_PASSES, EnginePasses, Pass
-from tuft.service.queue import Operation, OperationQueue, Part, Work, rows_of
+from tuft.service.queue import MAX_LOSSES, Operation, OperationQueue, Part, Work, rows_of
 from tuft.service.refusals import Refusals
 from tuft.service.replies import Replies, Told
 from tuft.service.settlements import Settlement, failure, outcome
@@ -83,9 +84,7 @@ class Scheduler:
         self._futures = futures
         self._activity = activity
         self._seq_gap_timeout_s = seq_gap_timeout_s
-        self._max_held_bytes = held_bytes
-        self._held: dict[str, int] = {}  # future -> bytes of its request in memory
-        self._num_held_bytes = 0
+        self._held = HeldRequests(held_bytes)
         self._queue = queue or OperationQueue()
         self.passes = EnginePasses(self._queue)
         self._spans: dict[str, Span] = {}  # of futures that are not settled yet
@@ -186,6 +185,9 @@ class Scheduler:
             if not parts:
                 return
             self._start(parts, in_pass)
+            if len(parts) >= MAX_LOSSES:  # more may be there: once the event loop has gone round
+                asyncio.get_running_loop().call_soon(self.dispatch)
+                return
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
@@ -224,12 +226,8 @@ class Scheduler:
             message = f"seq_id: {operation.seq} of run {run.run_id} had its turn: it was given up, or is long done"
             self._settle(operation, Failure(message, "user"))
             return
-        if operation.is_loss:
-            if self._num_held_bytes + num_bytes > self._max_held_bytes:
-                operation.work = None
-            else:
-                self._held[operation.future_id] = num_bytes
-                self._num_held_bytes += num_bytes
+        if operation.is_loss and not self._held.hold(operation.future_id, num_bytes):
+            operation.work = None
         self._queue.put(operation, time.monotonic())
         self.dispatch()
 
@@ -343,7 +341,7 @@ class Scheduler:
             self._settle(operation, settled)
 
     def _settle(self, operation: Operation, result: Settlement) -> None:
-        self._num_held_bytes -= self._held.pop(operation.future_id, 0)
+        self._held.release(operation.future_id)
         self._suspects.discard(operation)
         if isinstance(result, Failure):
             log.info("operation failed", run=operation.run_id, seq=operation.seq, error=result.message)
