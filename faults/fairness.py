@@ -20,7 +20,7 @@ from faults.server import Server
 from tuft.fairness import jain_index
 
 _TOKENS = list(range(10, 210))
-_NUM_PROBES = 20
+_NUM_PROBES = 40  # the server collects garbage once a minute: that one may be late
 _NUM_CONNECTIONS = 8
 _PASS_TOKENS = 1024
 JAIN, WEIGHT_ERROR = 0.95, 0.10

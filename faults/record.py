@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,4 @@ class Record:
 def quantile(values: list[float], share: float) -> float:
     """The smallest value that at least ``share`` of all do not exceed; 0 of none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    return ordered[max(0, ceil(share * len(ordered) - 1e-9) - 1)] if ordered else 0.0
