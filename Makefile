@@ -36,7 +36,7 @@ demo: $(READY)
 	@$(BIN)/python examples/chat_sft/demo.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-sdk: $(READY)
 	@SDK_VERSIONS=all $(BIN)/python -m pytest tests/sdk $(PYTEST)

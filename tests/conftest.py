@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
 import re
 import signal
@@ -28,11 +30,12 @@ from tests.databases import (  # noqa: F401  (fixtures)
 from tests.models.tiny import make_tiny_model
 from tuft.app import open_store
 from tuft.config import load_config
-from tuft.models.kernels.build import directory_of
+from tuft.models.kernels.build import Build, directory_of
 from tuft.service.services import open_tenants
 
+KERNELS = Path(__file__).parents[1] / ".pytest_cache/kernels"
 # numba itself would not see that a function which a kernel calls has changed
-os.environ["NUMBA_CACHE_DIR"] = str(directory_of(Path(__file__).parents[1] / ".pytest_cache/kernels"))
+os.environ["NUMBA_CACHE_DIR"] = str(directory_of(KERNELS))
 
 TUFT = Path(sys.executable).with_name("tuft")
 TINY_MODEL = "tiny/qwen3"
@@ -69,6 +72,47 @@ class LiveServer:
 Launch = Callable[..., LiveServer]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: else one worker would have them to itself when the other has nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_client_outlives_its_module() -> Iterator[None]:
+    """The SDK goes on with heartbeats to a server that is long gone, and with warnings of them in others' logs."""
+    yield
+    sdk = sys.modules.get("tinker.lib.internal_client_holder")
+    loop = sdk and sdk._internal_client_holder_thread_singleton.loop_if_started()
+    if loop:
+        loop.call_soon_threadsafe(_end_heartbeats, loop)
+
+
+def _end_heartbeats(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        if getattr(task.get_coro(), "__name__", "") == "_session_heartbeat":
+            task.cancel()
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Path:
+    """The cache of compiled kernels that the tests share, filled: a clean clone compiles them now, for a minute."""
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    with (KERNELS.parent / "kernels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist has more processes
+        build = Build(KERNELS, in_background=False)
+        while not build.ready():
+            time.sleep(0.1)
+    return KERNELS
+
+
+def with_kernels(home: Path, kernels: Path) -> Path:
+    """A new home whose server has compiled kernels at once, as it has from its second start on."""
+    home.mkdir(exist_ok=True)
+    (home / "kernels").symlink_to(kernels)
+    return home
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """``launch(home=..., config=..., env=...)``: a server on a free port, ready to compute."""
@@ -82,7 +126,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
             file.write_text(config)
             command += ["--config", str(file)]
         log = home / "server.log"
-        no_kernels = {"TUFT_ENGINE__COMPILED_KERNELS": "false"}  # else every new home compiles them
+        # a new home would compile them
+        has_kernels = {"TUFT_ENGINE__COMPILED_KERNELS": str((home / "kernels").exists()).lower()}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TUFT_")}
         with log.open("w") as opened:
             process = subprocess.Popen(
@@ -90,7 +135,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
                 stdout=opened,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**no_kernels, **environment, **(env or {})},
+                env={**has_kernels, **environment, **(env or {})},
             )
         url = _wait_until_ready(process, log)
         key_file = home / "api_key"
@@ -147,6 +192,6 @@ def tiny_server(launch: Launch, tiny_model: Path) -> LiveServer:
 
 
 @pytest.fixture(scope="session")
-def embedded_server(launch: Launch) -> LiveServer:
+def embedded_server(launch: Launch, kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
     """One server on the embedded SmolLM2-135M-Instruct, with every default."""
-    return launch()
+    return launch(with_kernels(tmp_path_factory.mktemp("home"), kernels))

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Launch, LiveServer
+from tests.conftest import Launch, LiveServer, with_kernels
 from tests.sdk.venvs import venv_python
 from tuft.embedded import EMBEDDED_NAME, find_embedded
 
@@ -37,10 +37,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first one insta
 
 
 @pytest.fixture(scope="module")
-def server(launch: Launch) -> LiveServer:
+def server(launch: Launch, kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
     """The embedded model twice: in float32 under an alias, in bf16 under a name of its own."""
     file = find_embedded()
     return launch(
+        with_kernels(tmp_path_factory.mktemp("home"), kernels),
         config=f"""
 [[base_models]]
 name = "{EMBEDDED_NAME}"
@@ -52,7 +53,7 @@ precision = "float32"
 name = "{BF16}"
 path = "{file}"
 precision = "bf16"
-"""
+""",
     )
 
 

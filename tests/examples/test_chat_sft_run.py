@@ -17,13 +17,13 @@ import nbformat
 import peft
 import pytest
 
+from tests.conftest import with_kernels
+
 REPOSITORY = Path(__file__).parents[2]
 CHAT_SFT = REPOSITORY / "examples" / "chat_sft"
 DEMO = [sys.executable, str(CHAT_SFT / "demo.py")]
 SMALL = ["--batch-size", "2", "--num-test", "3", "--answer-tokens", "8", "--eval-every", "2"]
 API_KEY = "tml-of-the-notebook-test"
-NO_KERNELS = {"TUFT_ENGINE__COMPILED_KERNELS": "false"}
-"""A new home compiles them for a minute: the first test waits for that, as users do."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -40,7 +40,8 @@ def server_answers(demo_output: str) -> bool:
         return probe.connect_ex(("127.0.0.1", int(port[1]))) == 0
 
 
-def test_the_demo_trains_asks_saves_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_the_demo_trains_asks_saves_and_leaves_nothing_running(tmp_path: Path, kernels: Path) -> None:
+    with_kernels(tmp_path / "home", kernels)
     finished = subprocess.run(
         [*DEMO, "--epochs", "0.024", *SMALL, "--out", str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -60,14 +61,14 @@ def test_the_demo_trains_asks_saves_and_leaves_nothing_running(tmp_path: Path) -
     assert "api_key" not in run["settings"]
 
 
-def test_ctrl_c_saves_what_was_trained_and_stops_the_server(tmp_path: Path) -> None:
+def test_ctrl_c_saves_what_was_trained_and_stops_the_server(tmp_path: Path, kernels: Path) -> None:
+    with_kernels(tmp_path / "home", kernels)
     with subprocess.Popen(
         [*DEMO, "--steps", "500", *SMALL, "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, **NO_KERNELS},
     ) as demo:
         while len(metrics(tmp_path)) < 2 and demo.poll() is None:
             time.sleep(0.2)
@@ -118,11 +119,8 @@ def test_the_notebook_runs_from_top_to_bottom(server: str, tmp_path: Path, monke
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory, kernels: Path) -> Iterator[str]:
     from demo import running_server
 
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in NO_KERNELS.items():
-            environment.setenv(name, value)
-        with running_server(tmp_path_factory.mktemp("home"), API_KEY) as base_url:
-            yield base_url
+    with running_server(with_kernels(tmp_path_factory.mktemp("home"), kernels), API_KEY) as base_url:
+        yield base_url
