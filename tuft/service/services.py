@@ -1,4 +1,4 @@
-"""The service floor put together, as the api floor sees it, and its housekeeping."""
+"""The service floor put together, as the api floor sees it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import structlog
 
 from tuft.config import ALL_SCOPES, Config
 from tuft.engine.base import Engine
-from tuft.errors import StorageError
 from tuft.fairness import Costs, VirtualCounters
 from tuft.machine import memory_bytes
 from tuft.service.activity import Activity
@@ -23,6 +22,7 @@ from tuft.service.copies import Copies
 from tuft.service.custom_losses import CustomLosses
 from tuft.service.downloads import Downloads
 from tuft.service.futures import Futures
+from tuft.service.housekeeping import Housekeeping, keep_house
 from tuft.service.loading import Loading
 from tuft.service.models import BaseModels
 from tuft.service.operations import Operations
@@ -65,7 +65,6 @@ from tuft.types import BaseModelInfo
 
 log = structlog.get_logger(__name__)
 
-_SWEEP_INTERVAL_S, _SWEEP_PAUSE_S = 5.0, 0.05
 _SHARE_OF_MEMORY = 0.4
 
 
@@ -158,6 +157,21 @@ class Services:
             scheduler, self.models, self.runs, self.checkpoints, self.samplers, self.provenance, self.custom_losses
         )
 
+        self._housekeeping = Housekeeping(
+            (
+                self.runs.sweep,
+                self.samplers.sweep,
+                self.custom_losses.sweep,
+                self.provenance.sweep,
+                self.checkpoints.expire,
+                self.sessions.sweep,
+                self.usage.sweep,
+                self.tenants.sweep,
+                self.audit.sweep,
+                self._forget,
+            )
+        )
+
     @property
     def base_models(self) -> Sequence[BaseModelInfo]:
         return self.models.all
@@ -186,11 +200,11 @@ class Services:
         loops = (
             self._scheduler.serve(),
             self.residency.serve(),
-            self._sweep(),
             self.checkpoints.verification.serve(),
             self.ownership.serve(),
         )
         self._tasks = [loop.create_task(work) for work in loops]
+        self._housekeeping.start()
 
     async def stop(self) -> None:
         """Let queued work end (at most ``server.drain_timeout_s``), answer every held poll, stop the loops."""
@@ -198,42 +212,18 @@ class Services:
             log.warning("work was left unfinished", pending=self.futures.num_pending)
         self.futures.release_waiters()
         self.completions.release_polls()
+        await self._housekeeping.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.residency.stop(self.config.server.drain_timeout_s)
-        await self.runs.sweep()
-        self.completions.sweep()
-        await self.usage.flush()
-        await self.tenants.flush()
-        await self.ownership.look_into_all()
-        await self.futures.sweep()
+        for last in (self.runs.sweep, self.usage.flush, self.tenants.flush, self.ownership.look_into_all, self._forget):
+            await keep_house(last)
         await asyncio.to_thread(self.futures.writing.close)
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(_SWEEP_INTERVAL_S)
-            for sweep in (
-                self.runs.sweep,
-                self.samplers.sweep,
-                self.custom_losses.sweep,
-                self.provenance.sweep,
-                self.checkpoints.expire,
-                self.sessions.sweep,
-                self.usage.sweep,
-                self.tenants.sweep,
-                self.audit.sweep,
-            ):
-                try:
-                    await sweep()
-                except StorageError as error:  # the next round may do better
-                    log.error("housekeeping failed", error=str(error))
-                await asyncio.sleep(_SWEEP_PAUSE_S)  # each may have kept the database busy
-            self.completions.sweep()
-            try:
-                self.completions.forget(await self.futures.sweep())
-            except StorageError as error:
-                log.error("housekeeping failed", error=str(error))
+    async def _forget(self) -> None:
+        self.completions.sweep()
+        self.completions.forget(await self.futures.sweep())
 
 
 def open_tenants(config: Config, database: Database) -> Tenants:
