@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from tests.databases import (  # noqa: F401  (fixtures)
     database_url,
@@ -36,6 +37,8 @@ from tuft.service.services import open_tenants
 KERNELS = Path(__file__).parents[1] / ".pytest_cache/kernels"
 # numba itself would not see that a function which a kernel calls has changed
 os.environ["NUMBA_CACHE_DIR"] = str(directory_of(KERNELS))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # two such processes share two cores; what threads change is tested with several
 
 TUFT = Path(sys.executable).with_name("tuft")
 TINY_MODEL = "tiny/qwen3"
