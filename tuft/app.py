@@ -170,8 +170,8 @@ async def _serve(
             loading.result()  # raises what the engine could not load
             audience.ready(services.base_models)
             await stopping
-            if engine.error is not None:  # a supervisor starts us again, and the journal has what was acknowledged
-                raise engine.error
+        if engine.error is not None:  # a supervisor starts us again, and the journal has what was acknowledged
+            raise engine.error
         audience.stopping()
     finally:
         stopping.cancel()
