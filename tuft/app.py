@@ -126,7 +126,8 @@ class Audience(Protocol):
 
 
 def serve(config: Config, audience: Audience) -> None:
-    """Run the server until SIGTERM or SIGINT. Raises ConfigError, ModelError or StorageError if it cannot start."""
+    """Run the server until SIGTERM or SIGINT. Raises ConfigError, ModelError or StorageError if it cannot start,
+    EngineError or StorageError if it cannot go on: the engine is down for good, or another server has the database."""
     prepare_home(config.home)
     with _locked(config.home):
         listener = _listen(config)
@@ -172,6 +173,8 @@ async def _serve(
             await stopping
         if engine.error is not None:  # a supervisor starts us again, and the journal has what was acknowledged
             raise engine.error
+        if database.is_lost:
+            raise StorageError("the database has been taken over by another server; this one has ended")
         audience.stopping()
     finally:
         stopping.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from tinker import types
 from tests import postgres
 from tests.conftest import TINY_MODEL, TUFT, Launch, LiveServer, tiny_config
 from tests.e2e.test_sdk_loop import TOKENS, datum, step
+from tuft.store.db import open_database
 
 
 @pytest.fixture
@@ -85,6 +87,19 @@ def test_a_second_home_on_the_same_database_is_refused_and_told_of_the_first(
     assert second.returncode == 1
     for part in ("in use by another server", f"process {server.process.pid} ", f"home {server.home}"):
         assert part in second.stderr
+
+
+def test_a_server_that_lost_its_database_to_another_ends_and_says_so(
+    server: LiveServer, own_postgres: postgres.Postgres, own_postgres_url: str
+) -> None:
+    server.process.send_signal(signal.SIGSTOP)  # else it would be back first
+    own_postgres.stop("immediate")
+    own_postgres.start()
+    other = open_database(own_postgres_url, serving="another server")
+    server.process.send_signal(signal.SIGCONT)
+    assert server.process.wait(timeout=60) == 1
+    assert "taken over by another server" in server.log.read_text().splitlines()[-1]
+    other.close()
 
 
 def test_keys_are_made_beside_the_server(server: LiveServer, tmp_path: Path) -> None:

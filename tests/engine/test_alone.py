@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import KERNELS
 from tests.engine.crowd import Life, Shape, differences, life, live, poisoned, started, state_after
 from tests.engine.reference import smollm2_path
 from tuft.engine.base import BaseModelSource, EngineSettings, ExportAdapter, LoadAdapter
@@ -16,7 +17,6 @@ from tuft.models.kernels import build
 
 PASS_TOKENS = 256
 SAMPLES = 8192
-KERNELS = Path(__file__).parents[2] / ".pytest_cache/kernels"
 
 Way = tuple[Precision, bool]
 """Precision, and whether kernels compute or torch's operators."""
